@@ -1,0 +1,132 @@
+// What this machine can do at best: the ceilings that benchmarks compare kernels with.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "int8_dot.h"
+
+namespace pyops {
+namespace {
+
+double seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Runs `work(thread)` on all threads at once, `rounds` times; the shortest round in seconds.
+double best_round(int threads, int rounds, const std::function<void(int)>& work) {
+  std::atomic<int> round{0}, finished{0};
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; t++)
+    others.emplace_back([&, t] {
+      for (int r = 1; r <= rounds; r++) {
+        while (round.load() < r) std::this_thread::yield();
+        work(t);
+        finished++;
+      }
+    });
+  double best = 1e30;
+  for (int r = 1; r <= rounds; r++) {
+    const double start = seconds();
+    round.store(r);
+    work(0);
+    while (finished.load() < (threads - 1) * r) std::this_thread::yield();
+    best = std::min(best, seconds() - start);
+  }
+  for (auto& t : others) t.join();
+  return best;
+}
+
+#if defined(__x86_64__)
+
+PYOPS_TARGET_BEGIN_VNNI
+double vnni_peak_ops(int64_t n) {
+#define PYOPS_STEP(i) "vpdpbusd %%zmm30, %%zmm31, %%zmm" #i "\n\t"
+  for (int64_t i = 0; i < n; i++)
+    __asm__ volatile(PYOPS_STEP(0) PYOPS_STEP(1) PYOPS_STEP(2) PYOPS_STEP(3) PYOPS_STEP(4) PYOPS_STEP(5) PYOPS_STEP(6)
+                         PYOPS_STEP(7) PYOPS_STEP(8) PYOPS_STEP(9) PYOPS_STEP(10) PYOPS_STEP(11)::
+                             : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10",
+                               "xmm11");
+#undef PYOPS_STEP
+  return 12.0 * 128 * n;
+}
+PYOPS_TARGET_END
+
+PYOPS_TARGET_BEGIN_AMX
+double amx_peak_ops(int64_t n) {
+  amx::TileConfig config;
+  for (int64_t i = 0; i < n; i++) {
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 4, 7);
+    _tile_dpbssd(2, 5, 6);
+    _tile_dpbssd(3, 5, 7);
+  }
+  return 4.0 * 2 * 16 * 16 * 64 * n;
+}
+PYOPS_TARGET_END
+
+PYOPS_TARGET_BEGIN_AVX512
+void read_avx512(const int8_t* p, int64_t bytes) {
+  __m512i s[8];
+  for (auto& v : s) v = _mm512_setzero_si512();
+  for (int64_t i = 0; i + 512 <= bytes; i += 512)
+    for (int j = 0; j < 8; j++) s[j] = _mm512_xor_si512(s[j], _mm512_loadu_si512(p + i + j * 64));
+  for (auto& v : s) __asm__ volatile("" ::"v"(v));
+}
+PYOPS_TARGET_END
+
+#endif
+
+void read_generic(const int8_t* p, int64_t bytes) {
+  uint64_t s[8] = {};
+  for (int64_t i = 0; i + 64 <= bytes; i += 64)
+    for (int j = 0; j < 8; j++) {
+      uint64_t v;
+      std::memcpy(&v, p + i + j * 8, 8);
+      s[j] ^= v;
+    }
+  for (auto& v : s) __asm__ volatile("" ::"r"(v));
+}
+
+}  // namespace
+
+double int8_peak_gops(const std::string& isa, int threads) {
+#if defined(__x86_64__)
+  const bool amx = isa == "amx", vnni = isa == "avx512vnni";
+  if ((amx && detected_isa() >= Isa::amx) || (vnni && detected_isa() >= Isa::avx512vnni)) {
+    const int64_t n = amx ? 50'000 : 500'000;
+    double ops = 0;
+    const double time = best_round(threads, 20, [&](int t) {
+      const double done = amx ? amx_peak_ops(n) : vnni_peak_ops(n);
+      if (t == 0) ops = done;
+    });
+    return ops * threads / time / 1e9;
+  }
+#endif
+  (void)threads;
+  throw std::invalid_argument("isa='" + isa + "': the peak is known for avx512vnni and amx, where the machine has them");
+}
+
+double read_bandwidth_gbs(int64_t bytes, int threads) {
+  if (bytes < 4096 || threads < 1) throw std::invalid_argument("bytes must be at least 4096 and threads at least 1");
+  const int64_t part = bytes / threads / 4096 * 4096, total = (part * threads + (2 << 20)) & ~int64_t((2 << 20) - 1);
+  struct Free {
+    void operator()(int8_t* p) const { std::free(p); }
+  };
+  std::unique_ptr<int8_t[], Free> data(static_cast<int8_t*>(std::aligned_alloc(2 << 20, total)));
+  if (!data) throw std::bad_alloc();
+  advise_huge_pages(data.get(), total);
+  std::memset(data.get(), 1, total);
+  auto read = &read_generic;
+#if defined(__x86_64__)
+  if (detected_isa() >= Isa::avx512) read = &read_avx512;
+#endif
+  return part * threads / best_round(threads, 20, [&](int t) { read(data.get() + t * part, part); }) / 1e9;
+}
+
+}  // namespace pyops

@@ -1,0 +1,35 @@
+// The epilogue that every matmul and convolution shares: y = act(acc · scale + bias + residual).
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+namespace pyops {
+
+enum class Activation : int { none, relu, relu6, gelu, gelu_tanh, silu, sigmoid, tanh, hardswish };
+
+inline Activation parse_activation(const char* name) {
+  static constexpr const char* kNames[] = {"none", "relu",    "relu6", "gelu",     "gelu_tanh",
+                                           "silu", "sigmoid", "tanh",  "hardswish"};
+  for (int i = 0; i < 9; i++)
+    if (std::string_view(kNames[i]) == name) return Activation(i);
+  throw std::invalid_argument(std::string("activation='") + name + "' is unknown");
+}
+
+// What the epilogue of one tile reads and writes. The tile is `rows` x 32 accumulators, of which `cols` are wanted.
+template <class T>
+struct EpilogueTile {
+  const int32_t* acc;    // [rows][32]
+  const float* s_x;      // [rows], or null for 1
+  const float* s_w;      // [32], padded
+  const float* bias;     // [32], padded, zeros where there is none
+  const T* residual;     // [rows][ld], or null
+  T* y;                  // [rows][ld]
+  int64_t ld;
+  int rows, cols;
+};
+
+}  // namespace pyops
+
+#define PYOPS_ISA_FILE "epilogue.inc"
+#include "for_each_isa.h"

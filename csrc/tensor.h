@@ -1,0 +1,49 @@
+// What the launchers need of a tensor, over the stable ABI.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "epilogue.h"
+
+namespace pyops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// A contiguous tensor on CPU, uninitialized.
+inline Tensor empty_cpu(const int64_t* sizes, int64_t dim, ScalarType dtype) {
+  int64_t strides[64];
+  STD_TORCH_CHECK(dim <= 64, "a tensor has at most 64 dimensions");
+  for (int64_t i = dim - 1, s = 1; i >= 0; s *= sizes[i--] > 0 ? sizes[i + 1] : 1) strides[i] = s;
+  AtenTensorHandle handle;
+  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, type, aoti_torch_device_type_cpu(), -1, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+}  // namespace pyops
+
+// An `str activation` argument of a schema arrives as its enum. (The library's own conversion to std::string loses 32
+// bytes a call.)
+HIDDEN_NAMESPACE_BEGIN(torch, stable, detail)
+template <>
+struct ToImpl<pyops::Activation> {
+  static pyops::Activation call(StableIValue value, uint64_t, bool) {
+    const StringHandle handle = to<StringHandle>(value);
+    const char* name;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &name));
+    struct Release {
+      StringHandle handle;
+      ~Release() { torch_delete_string(handle); }
+    } release{handle};
+    return pyops::parse_activation(name);
+  }
+};
+HIDDEN_NAMESPACE_END(torch, stable, detail)

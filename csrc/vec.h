@@ -1,0 +1,286 @@
+// One vector of floats for each ISA, with the few operations that the shared kernels need. Loads and stores convert
+// from and to fp32, bf16 and fp16. min/max keep a NaN that stands in their second argument.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#if defined(__clang__)
+#define PYOPS_PRAGMA(x) _Pragma(#x)
+#define PYOPS_TARGET_BEGIN(isa) PYOPS_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define PYOPS_TARGET_END _Pragma("clang attribute pop")
+#else
+#define PYOPS_PRAGMA(x) _Pragma(#x)
+#define PYOPS_TARGET_BEGIN(isa) PYOPS_PRAGMA(GCC push_options) PYOPS_PRAGMA(GCC target(isa))
+#define PYOPS_TARGET_END _Pragma("GCC pop_options")
+#endif
+#define PYOPS_TARGET_BEGIN_AVX2 PYOPS_TARGET_BEGIN("avx2,fma,f16c")
+#define PYOPS_TARGET_BEGIN_AVX512 PYOPS_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#define PYOPS_TARGET_BEGIN_VNNI PYOPS_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+#define PYOPS_TARGET_BEGIN_AMX \
+  PYOPS_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,amx-tile,amx-int8")
+#endif
+
+#define PYOPS_INLINE static inline __attribute__((always_inline))
+
+namespace pyops {
+using bf16 = torch::headeronly::BFloat16;
+using fp16 = torch::headeronly::Half;
+
+namespace generic {
+
+// Eight lanes, so that a compiler can use whatever the baseline has (SSE2, NEON).
+struct Vec {
+  static constexpr int kLanes = 8;
+  float v[kLanes];
+};
+
+#define PYOPS_LANES for (int i = 0; i < Vec::kLanes; i++)
+template <class T>
+PYOPS_INLINE Vec load(const T* p) {
+  Vec r;
+  PYOPS_LANES r.v[i] = static_cast<float>(p[i]);
+  return r;
+}
+PYOPS_INLINE Vec load_int(const int32_t* p) {
+  Vec r;
+  PYOPS_LANES r.v[i] = static_cast<float>(p[i]);
+  return r;
+}
+template <class T>
+PYOPS_INLINE void store(T* p, Vec a) {
+  PYOPS_LANES p[i] = static_cast<T>(a.v[i]);
+}
+PYOPS_INLINE Vec set1(float x) {
+  Vec r;
+  PYOPS_LANES r.v[i] = x;
+  return r;
+}
+PYOPS_INLINE Vec operator+(Vec a, Vec b) {
+  PYOPS_LANES a.v[i] += b.v[i];
+  return a;
+}
+PYOPS_INLINE Vec operator-(Vec a, Vec b) {
+  PYOPS_LANES a.v[i] -= b.v[i];
+  return a;
+}
+PYOPS_INLINE Vec operator*(Vec a, Vec b) {
+  PYOPS_LANES a.v[i] *= b.v[i];
+  return a;
+}
+PYOPS_INLINE Vec operator/(Vec a, Vec b) {
+  PYOPS_LANES a.v[i] /= b.v[i];
+  return a;
+}
+PYOPS_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+PYOPS_INLINE Vec min(Vec a, Vec b) {
+  PYOPS_LANES b.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+  return b;
+}
+PYOPS_INLINE Vec max(Vec a, Vec b) {
+  PYOPS_LANES b.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+  return b;
+}
+PYOPS_INLINE Vec abs(Vec a) {
+  PYOPS_LANES a.v[i] = std::fabs(a.v[i]);
+  return a;
+}
+// a < 0 ? x : y; a NaN selects y.
+PYOPS_INLINE Vec if_negative(Vec a, Vec x, Vec y) {
+  PYOPS_LANES y.v[i] = a.v[i] < 0 ? x.v[i] : y.v[i];
+  return y;
+}
+PYOPS_INLINE Vec round(Vec a) {
+  PYOPS_LANES a.v[i] = std::nearbyintf(a.v[i]);
+  return a;
+}
+// 2ⁿ for integral n in [-126, 127]; anything for NaN.
+PYOPS_INLINE Vec pow2(Vec n) {
+  PYOPS_LANES {
+    const int32_t e = n.v[i] == n.v[i] ? static_cast<int32_t>(n.v[i]) : 0;
+    const uint32_t bits = static_cast<uint32_t>(e + 127) << 23;
+    std::memcpy(&n.v[i], &bits, 4);
+  }
+  return n;
+}
+// max over the lanes of the bit patterns of |a|: orders like |a|, with NaN above Inf.
+PYOPS_INLINE uint32_t max_magnitude_bits(Vec a) {
+  uint32_t m = 0;
+  PYOPS_LANES {
+    uint32_t bits;
+    std::memcpy(&bits, &a.v[i], 4);
+    bits &= 0x7fffffffu;
+    m = bits > m ? bits : m;
+  }
+  return m;
+}
+PYOPS_INLINE Vec max_magnitude(Vec m, Vec a) {
+  PYOPS_LANES {
+    uint32_t x, y;
+    std::memcpy(&x, &m.v[i], 4);
+    std::memcpy(&y, &a.v[i], 4);
+    y &= 0x7fffffffu;
+    x = y > x ? y : x;
+    std::memcpy(&m.v[i], &x, 4);
+  }
+  return m;
+}
+// 64 floats, already within ±127, to the nearest int8.
+template <class F>
+PYOPS_INLINE void store_int8x64(int8_t* p, F&& part) {
+  for (int j = 0; j < 64; j += Vec::kLanes) {
+    const Vec a = round(part(j));
+    PYOPS_LANES p[j + i] = static_cast<int8_t>(a.v[i]);
+  }
+}
+#undef PYOPS_LANES
+
+}  // namespace generic
+
+#if defined(__x86_64__)
+
+PYOPS_TARGET_BEGIN_AVX2
+namespace avx2 {
+
+struct Vec {
+  static constexpr int kLanes = 8;
+  __m256 v;
+};
+
+PYOPS_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+PYOPS_INLINE Vec load(const bf16* p) {
+  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
+}
+PYOPS_INLINE Vec load(const fp16* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+PYOPS_INLINE Vec load_int(const int32_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+PYOPS_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+PYOPS_INLINE void store(fp16* p, Vec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+// Round to nearest even by adding 0x7fff + the lowest kept bit; a NaN becomes the quiet NaN 0x7fc0.
+PYOPS_INLINE void store(bf16* p, Vec a) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i r = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  r = _mm256_srli_epi32(_mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc00000), nan), 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0xd8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+PYOPS_INLINE Vec set1(float x) { return {_mm256_set1_ps(x)}; }
+PYOPS_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+PYOPS_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+PYOPS_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+PYOPS_INLINE Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+PYOPS_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+PYOPS_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+PYOPS_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+PYOPS_INLINE Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+PYOPS_INLINE Vec if_negative(Vec a, Vec x, Vec y) {
+  return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, _mm256_setzero_ps(), _CMP_LT_OQ))};
+}
+PYOPS_INLINE Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+PYOPS_INLINE Vec pow2(Vec n) {
+  const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(e, 23))};
+}
+PYOPS_INLINE Vec max_magnitude(Vec m, Vec a) {
+  return {_mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(m.v), _mm256_castps_si256(abs(a).v)))};
+}
+PYOPS_INLINE uint32_t max_magnitude_bits(Vec a) {
+  __m256i m = _mm256_castps_si256(abs(a).v);
+  m = _mm256_max_epi32(m, _mm256_permute2x128_si256(m, m, 1));
+  m = _mm256_max_epi32(m, _mm256_shuffle_epi32(m, 0x4e));
+  m = _mm256_max_epi32(m, _mm256_shuffle_epi32(m, 0xb1));
+  return static_cast<uint32_t>(_mm256_extract_epi32(m, 0));
+}
+template <class F>
+PYOPS_INLINE void store_int8x64(int8_t* p, F&& part) {
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  for (int j = 0; j < 64; j += 32) {
+    const __m256i ab = _mm256_packs_epi32(_mm256_cvtps_epi32(part(j).v), _mm256_cvtps_epi32(part(j + 8).v));
+    const __m256i cd = _mm256_packs_epi32(_mm256_cvtps_epi32(part(j + 16).v), _mm256_cvtps_epi32(part(j + 24).v));
+    const __m256i q = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(ab, cd), order);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + j), q);
+  }
+}
+
+}  // namespace avx2
+PYOPS_TARGET_END
+
+PYOPS_TARGET_BEGIN_AVX512
+namespace avx512 {
+
+struct Vec {
+  static constexpr int kLanes = 16;
+  __m512 v;
+};
+
+PYOPS_INLINE Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+PYOPS_INLINE Vec load(const bf16* p) {
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+}
+PYOPS_INLINE Vec load(const fp16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+PYOPS_INLINE Vec load_int(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
+PYOPS_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+PYOPS_INLINE void store(fp16* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+PYOPS_INLINE void store(bf16* p, Vec a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m512i r = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
+}
+PYOPS_INLINE Vec set1(float x) { return {_mm512_set1_ps(x)}; }
+PYOPS_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+PYOPS_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+PYOPS_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+PYOPS_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+PYOPS_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+PYOPS_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+PYOPS_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+PYOPS_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+PYOPS_INLINE Vec if_negative(Vec a, Vec x, Vec y) {
+  return {_mm512_mask_mov_ps(y.v, _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_LT_OQ), x.v)};
+}
+PYOPS_INLINE Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+PYOPS_INLINE Vec pow2(Vec n) {
+  const __m512i e = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(e, 23))};
+}
+PYOPS_INLINE Vec max_magnitude(Vec m, Vec a) {
+  return {_mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(m.v), _mm512_castps_si512(abs(a).v)))};
+}
+PYOPS_INLINE uint32_t max_magnitude_bits(Vec a) {
+  return static_cast<uint32_t>(_mm512_reduce_max_epi32(_mm512_castps_si512(abs(a).v)));
+}
+template <class F>
+PYOPS_INLINE void store_int8x64(int8_t* p, F&& part) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i ab = _mm512_packs_epi32(_mm512_cvtps_epi32(part(0).v), _mm512_cvtps_epi32(part(16).v));
+  const __m512i cd = _mm512_packs_epi32(_mm512_cvtps_epi32(part(32).v), _mm512_cvtps_epi32(part(48).v));
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(ab, cd)));
+}
+
+}  // namespace avx512
+PYOPS_TARGET_END
+
+#endif
+}  // namespace pyops

@@ -1,0 +1,6 @@
+"""The benchmarks. Their sources lie in `bench/` at the top of the checkout; wheels carry them here."""
+
+import pathlib
+
+_checkout = pathlib.Path(__file__).resolve().parents[2] / "bench"
+__path__ += [str(_checkout)] if (_checkout / "int8_linear.py").is_file() else []

@@ -1,0 +1,5 @@
+"""The ops: contracts with schema, reference, fake kernel and autograd; PyTorch's dispatcher finds the kernel."""
+
+from pyops.ops.int8_linear import int8_linear, pack_int8, quantize_int8, unpack_int8
+
+__all__ = ["int8_linear", "pack_int8", "quantize_int8", "unpack_int8"]

@@ -1,0 +1,78 @@
+"""How an op is put into PyTorch's dispatcher: one call of `register` for each op.
+
+The reference serves every device (`CompositeExplicitAutograd`), the compiled extension registers itself for `CPU` when
+it loads, Triton serves `CUDA` and is imported at its first call.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+
+from pyops import backend
+
+library = torch.library.Library("pyops", "FRAGMENT")
+names: list[str] = []
+"""Every op registered here, in order."""
+
+
+def register(
+    schema: str,
+    reference: Callable,
+    fake: Callable,
+    *,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+    triton: bool = False,
+) -> torch._ops.OpOverload:
+    """Define `pyops::<schema>` with its reference, fake kernel and autograd formula; returns the op.
+
+    `triton` says that `pyops.kernels.<op>` has a launcher of the same name and the same arguments.
+    """
+    name = schema.split("(", 1)[0]
+    qualified = f"pyops::{name}"
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=library)
+    if backward is not None:
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=library)
+    _register_devices(name, triton)
+    names.append(name)
+    return getattr(torch.ops.pyops, name).default
+
+
+def _register_devices(name: str, triton: bool) -> None:
+    if triton and backend.forced in (None, "triton"):
+        launch = _lazy_launcher(name)
+        library.impl(name, launch, "CUDA")
+        if backend.forced == "triton":
+            interpreted = backend.triton_interpreted()
+            library.impl(name, launch if interpreted else _refuse(name, "cpu"), "CPU")
+    elif backend.forced == "cpp":
+        library.impl(name, _refuse(name, "cuda"), "CUDA")
+    elif backend.forced == "cuda":
+        for key in ("CPU", "CUDA"):
+            library.impl(name, _refuse(name, key.lower()), key)
+
+
+def _lazy_launcher(name: str) -> Callable:
+    launcher: Callable | None = None
+
+    def launch(*args):
+        nonlocal launcher
+        if launcher is None:
+            launcher = getattr(importlib.import_module(f"pyops.kernels.{name}"), name)
+        return launcher(*args)
+
+    return launch
+
+
+def _refuse(name: str, device: str) -> Callable:
+    def refuse(*args):
+        raise NotImplementedError(
+            f"{name}: PYOPS_BACKEND={backend.forced} has no kernel for {device} tensors; unset it or move the tensors"
+        )
+
+    return refuse
