@@ -1,8 +1,10 @@
 // The epilogue that every matmul and convolution shares: y = act(acc · scale + bias + residual).
 #pragma once
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 namespace pyops {
 
@@ -16,18 +18,29 @@ inline Activation parse_activation(const char* name) {
   throw std::invalid_argument(std::string("activation='") + name + "' is unknown");
 }
 
-// What the epilogue of one tile reads and writes. The tile is `rows` x 32 accumulators, of which `cols` are wanted.
+// What the epilogue of one tile reads and writes. The tile has 32 columns, of which `cols` are wanted.
 template <class T>
 struct EpilogueTile {
-  const int32_t* acc;    // [rows][32]
-  const float* s_x;      // [rows], or null for 1
-  const float* s_w;      // [32], padded
-  const float* bias;     // [32], padded, zeros where there is none
-  const T* residual;     // [rows][ld], or null
-  T* y;                  // [rows][ld]
+  const int32_t* acc;  // [rows][32]
+  const float* s_x;    // [rows]
+  const float* s_w;    // [32], padded
+  const float* bias;   // [32], padded, zeros where there is none
+  const T* residual;   // [rows][ld], or null
+  T* y;                // [rows][ld]
   int64_t ld;
-  int rows, cols;
+  int cols;
+  bool past_cache;  // y is larger than the caches: store without reading its lines first; fence_streams when all is done
 };
+
+// Rows [begin, end) of a tile.
+template <class T>
+using EpilogueFn = void (*)(const EpilogueTile<T>& tile, int begin, int end);
+
+// Whether rows of 32 at y, `ld` apart, are whole cache lines.
+template <class T>
+inline bool whole_lines(const T* y, int64_t ld) {
+  return (reinterpret_cast<uintptr_t>(y) | static_cast<uintptr_t>(ld * sizeof(T))) % 64 == 0;
+}
 
 }  // namespace pyops
 

@@ -24,15 +24,25 @@ inline int64_t panel_bytes(int64_t k64) { return kPanelRow + k64 * kPanelStep; }
 // How far a kernel that meets each panel once fetches ahead of itself, in bytes.
 constexpr int64_t kStreamAhead = 8192;
 
-// acc [rows][32]. `ahead`: null to prefetch the panel's own stream, else where `ahead_lines` cache lines of the next panel
-// are fetched into L2 for each 64 k.
+// Work of another kind that an AMX kernel does between its steps: the vector units are idle while tiles multiply. `some(self,
+// n)` does n pieces, or what is left; `pieces` is all there is.
+struct Background {
+  void (*some)(void* self, int n) = nullptr;
+  void* self = nullptr;
+  int pieces = 0;
+};
+
+// The k range [64·begin, 64·end) of a tile. acc [rows][32] is overwritten by the range that begins at 0, else added to;
+// only AMX cuts the range. `ahead`: null to prefetch the panel's own stream, else where the next panel is, of which
+// `ahead_lines` cache lines are fetched into L2 for each 64 k.
 struct DotArgs {
-  const int8_t* a;
+  const int8_t* a;  // the tile's rows, from k = 0
   const int8_t* panel;
-  int64_t k64;
+  int64_t begin, end;
   int32_t* acc;
   const int8_t* ahead;
   int ahead_lines;
+  Background background{};
 };
 using DotFn = void (*)(const DotArgs&);
 
@@ -49,7 +59,7 @@ void int8_dot(const DotArgs& d) {
   int32_t acc[MR][kPanelN] = {};
   const int8_t* a = d.a;
   const int8_t* b = d.panel + kPanelRow;
-  for (int64_t k = 0; k < d.k64 * 16; k++, a += MR * 4, b += kPanelRow)
+  for (int64_t k = 0; k < d.end * 16; k++, a += MR * 4, b += kPanelRow)
     for (int r = 0; r < MR; r++)
       for (int n = 0; n < kPanelN; n++)
         for (int i = 0; i < 4; i++) acc[r][n] += int32_t(a[r * 4 + i]) * b[n * 4 + i];
@@ -83,7 +93,7 @@ void int8_dot(const DotArgs& d) {
     for (int j = 0; j < 4; j++) acc[r][j] = _mm256_setzero_si256();
   const int8_t* a = d.a;
   const int8_t* b = d.panel + kPanelRow;
-  for (int64_t step = 0; step < d.k64; step++) {
+  for (int64_t step = 0; step < d.end; step++) {
     prefetch_ahead(d, step, b);
     for (int k = 0; k < 16; k++, a += MR * 4, b += kPanelRow) {
 #pragma GCC unroll 4
@@ -117,7 +127,7 @@ void int8_dot(const DotArgs& d) {
   for (int r = 0; r < MR; r++) acc[r][0] = acc[r][1] = zero;
   const int8_t* a = d.a;
   const int8_t* b = d.panel + kPanelRow;
-  for (int64_t step = 0; step < d.k64; step++) {
+  for (int64_t step = 0; step < d.end; step++) {
     prefetch_ahead(d, step, b);
     for (int k = 0; k < 16; k++, a += MR * 4, b += kPanelRow) {
 #pragma GCC unroll 2
@@ -165,7 +175,7 @@ void int8_dot(const DotArgs& d) {
   }
   const int8_t* a = d.a;
   const int8_t* b = d.panel + kPanelRow;
-  for (int64_t step = 0; step < d.k64; step++) {
+  for (int64_t step = 0; step < d.end; step++) {
     prefetch_ahead(d, step, b);
     for (int k = 0; k < 16; k += 4, a += 4 * MR * 4, b += 4 * kPanelRow) {
 #pragma GCC unroll 4
@@ -191,7 +201,7 @@ inline void int8_dot<1>(const DotArgs& d) {
   acc[0][1] = _mm512_loadu_si512(d.panel + 64);
   const int8_t* a = d.a;
   const int8_t* b = d.panel + kPanelRow;
-  for (int64_t step = 0; step < d.k64 * 4; step++, a += 16, b += 4 * kPanelRow) {
+  for (int64_t step = 0; step < d.end * 4; step++, a += 16, b += 4 * kPanelRow) {
 #pragma GCC unroll 4
     for (int u = 0; u < 4; u++) {
       const __m512i v = _mm512_set1_epi32(quad(a + u * 4));
@@ -238,36 +248,48 @@ __attribute__((noinline)) void with_tiles(F&& work) {
   work();
 }
 
-// 16·MT rows x 32 columns: tiles 0–3 accumulate, 4–5 hold rows, 6–7 the panel. A needs no compensation: signed · signed.
+// 16·MT rows x 32 columns: tiles 0–3 accumulate, 4–5 hold rows, 6–7 the panel. Signed · signed needs no compensation.
+// Rows come from L2 with the streaming hint, so that the range of the panel, which all row tiles meet in turn, stays in L1.
 template <int MT>
 void int8_dot(const DotArgs& d) {
   constexpr int kRows = 16 * MT;
-  const int8_t* a = d.a;
-  const int8_t* b = d.panel + kPanelRow;
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (MT == 2) {
+  constexpr int kAccRow = kPanelN * 4;
+  const int8_t* a = d.a + d.begin * kRows * 64;
+  const int8_t* b = d.panel + kPanelRow + d.begin * kPanelStep;
+  if (d.begin == 0) {
+    _tile_zero(0);
+    _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
+  } else {
+    _tile_loadd(0, d.acc, kAccRow);
+    _tile_loadd(1, d.acc + 16, kAccRow);
+    if constexpr (MT == 2) {
+      _tile_loadd(2, d.acc + 16 * kPanelN, kAccRow);
+      _tile_loadd(3, d.acc + 16 * kPanelN + 16, kAccRow);
+    }
   }
-  for (int64_t step = 0; step < d.k64; step++, a += kRows * 64, b += kPanelStep) {
+  const int steps = static_cast<int>(d.end - d.begin);
+  const int pieces = d.background.pieces ? (d.background.pieces + steps - 1) / steps : 0;
+  for (int step = 0; step < steps; step++, a += kRows * 64, b += kPanelStep) {
     prefetch_ahead(d, step, b);
+    if (pieces) d.background.some(d.background.self, pieces);
     _tile_loadd(6, b, kPanelRow);
-    _tile_loadd(4, a, 64);
+    _tile_stream_loadd(4, a, 64);
     _tile_dpbssd(0, 4, 6);
     _tile_loadd(7, b + 64, kPanelRow);
     _tile_dpbssd(1, 4, 7);
     if constexpr (MT == 2) {
-      _tile_loadd(5, a + 16 * 64, 64);
+      _tile_stream_loadd(5, a + 16 * 64, 64);
       _tile_dpbssd(2, 5, 6);
       _tile_dpbssd(3, 5, 7);
     }
   }
-  _tile_stored(0, d.acc, kPanelN * 4);
-  _tile_stored(1, d.acc + 16, kPanelN * 4);
+  _tile_stored(0, d.acc, kAccRow);
+  _tile_stored(1, d.acc + 16, kAccRow);
   if constexpr (MT == 2) {
-    _tile_stored(2, d.acc + 16 * kPanelN, kPanelN * 4);
-    _tile_stored(3, d.acc + 16 * kPanelN + 16, kPanelN * 4);
+    _tile_stored(2, d.acc + 16 * kPanelN, kAccRow);
+    _tile_stored(3, d.acc + 16 * kPanelN + 16, kAccRow);
   }
 }
 

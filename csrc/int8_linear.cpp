@@ -5,6 +5,7 @@
 // epilogue (epilogue.h). Work is cut into (block, panel) pairs, even over the threads.
 #include <algorithm>
 #include <memory>
+#include <tuple>
 
 #include "epilogue.h"
 #include "int8_dot.h"
@@ -15,7 +16,10 @@ namespace pyops {
 namespace {
 
 constexpr int64_t kBlockBytes = 1 << 20;   // quantized rows of a block: half of a 2 MiB L2, the rest is for panels
-constexpr int64_t kTaskCycles = 30'000;    // less work than this is not worth another thread
+constexpr int64_t kMaxBlockRows = 512;     // so that a block's accumulators stay in L2 as well
+constexpr int64_t kPastCacheBytes = 4 << 20;  // a result of this size is stored past the caches, unless K is so short that stores are all
+constexpr int64_t kAmxSteps = 16;          // 64·16 k of a panel, 32 KiB, stay in L1 while the row tiles pass
+constexpr double kTaskCycles = 30'000;     // less work than this is not worth another thread
 
 // ------------------------------------------------------------------------------------------------- row layouts
 
@@ -75,6 +79,12 @@ PYOPS_TARGET_END
 
 // ------------------------------------------------------------------------------------------------- kernels of an ISA
 
+template <class T>
+struct TypeKernels {
+  float (*quantize)(const T* x, int64_t K, const float* scale, int8_t* q, int64_t chunk_stride);
+  EpilogueFn<T> (*epilogue_for)(Activation);
+};
+
 struct Kernels {
   int max_rows;               // rows of a tile
   bool tiles;                 // rows in AMX tiles, else in quads
@@ -82,30 +92,17 @@ struct Kernels {
   double macs_per_cycle;
   const DotFn* dot;           // quads: dot[r - 1] for r rows; tiles: dot[0] for 16, dot[1] for 32
   decltype(&pack_quads) pack;
-  float (*quantize_f32)(const float*, int64_t, const float*, int8_t*, int64_t);
-  float (*quantize_bf16)(const bf16*, int64_t, const float*, int8_t*, int64_t);
-  float (*quantize_fp16)(const fp16*, int64_t, const float*, int8_t*, int64_t);
-  void (*epilogue_f32)(const EpilogueTile<float>&, Activation);
-  void (*epilogue_bf16)(const EpilogueTile<bf16>&, Activation);
-  void (*epilogue_fp16)(const EpilogueTile<fp16>&, Activation);
-
-  float quantize(const float* x, int64_t K, const float* s, int8_t* q, int64_t stride) const {
-    return quantize_f32(x, K, s, q, stride);
-  }
-  float quantize(const bf16* x, int64_t K, const float* s, int8_t* q, int64_t stride) const {
-    return quantize_bf16(x, K, s, q, stride);
-  }
-  float quantize(const fp16* x, int64_t K, const float* s, int8_t* q, int64_t stride) const {
-    return quantize_fp16(x, K, s, q, stride);
-  }
-  void epilogue(const EpilogueTile<float>& t, Activation a) const { epilogue_f32(t, a); }
-  void epilogue(const EpilogueTile<bf16>& t, Activation a) const { epilogue_bf16(t, a); }
-  void epilogue(const EpilogueTile<fp16>& t, Activation a) const { epilogue_fp16(t, a); }
+  void (*fence)();
+  std::tuple<TypeKernels<float>, TypeKernels<bf16>, TypeKernels<fp16>> types;
 };
 
-#define PYOPS_SHARED(isa)                                                                              \
-  isa::quantize_row<float>, isa::quantize_row<bf16>, isa::quantize_row<fp16>, isa::epilogue<float>,    \
-      isa::epilogue<bf16>, isa::epilogue<fp16>
+// What all kernels of a vector ISA share.
+#define PYOPS_SHARED(isa)                                              \
+  isa::fence_streams, {                                                \
+    TypeKernels<float>{isa::quantize_row<float>, isa::epilogue_for<float>}, \
+        TypeKernels<bf16>{isa::quantize_row<bf16>, isa::epilogue_for<bf16>}, \
+        TypeKernels<fp16>{isa::quantize_row<fp16>, isa::epilogue_for<fp16>}  \
+  }
 
 const Kernels& select(Isa isa, int64_t M) {
   static constexpr DotFn kGeneric[] = {generic::int8_dot<1>, generic::int8_dot<2>, generic::int8_dot<3>,
@@ -193,11 +190,44 @@ struct Problem {
   Activation activation;
 };
 
+// Rows are cut into blocks that fit in L2, blocks evenly into tiles of at most Kernels::max_rows.
+struct Blocks {
+  int64_t M, count, max_tiles;
+  int max_rows;
+
+  Blocks(int64_t M, int64_t k64, int max_rows) : M(M), max_rows(max_rows) {
+    const int64_t fit = kBlockBytes / std::max<int64_t>(k64 * 64, 1) / kDotMaxRows * kDotMaxRows;
+    const int64_t block_rows = std::clamp<int64_t>(fit, kDotMaxRows, kMaxBlockRows);
+    count = (M + block_rows - 1) / block_rows;
+    max_tiles = ((M + count - 1) / count + max_rows - 1) / max_rows;
+  }
+  int64_t first_row(int64_t b) const { return count == 1 ? b * M : M * b / count; }
+  int64_t tiles(int64_t b) const { return (first_row(b + 1) - first_row(b) + max_rows - 1) / max_rows; }
+  // First row of tile t of block b; t may be one past the last.
+  int64_t first_row(int64_t b, int64_t t) const {
+    const int64_t m0 = first_row(b), n = tiles(b);
+    return n == 1 ? m0 + t * (first_row(b + 1) - m0) : m0 + (first_row(b + 1) - m0) * t / n;
+  }
+};
+
+// Calls work(begin, end) over parts of [0, n), on threads if the whole takes more than kTaskCycles.
+template <class F>
+void in_parallel(int64_t n, double cycles_each, const F& work) {
+  const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(kTaskCycles / cycles_each));
+  if (n <= grain)
+    work(0, n);
+  else
+    torch::stable::parallel_for(0, n, grain, work);
+}
+
 // `cols` elements at p + n0 as fp32, zeros up to 32.
 void load_columns(const void* p, ScalarType type, int64_t n0, int cols, float* out) {
-  for (int n = 0; n < kPanelN; n++) out[n] = 0;
-  if (!p) return;
-  for (int n = 0; n < cols; n++) {
+  if (p && cols == kPanelN && type == ScalarType::Float) {
+    std::memcpy(out, static_cast<const float*>(p) + n0, kPanelN * sizeof(float));
+    return;
+  }
+  std::memset(out, 0, kPanelN * sizeof(float));
+  for (int n = 0; p && n < cols; n++) {
     if (type == ScalarType::Float) out[n] = static_cast<const float*>(p)[n0 + n];
     if (type == ScalarType::BFloat16) out[n] = static_cast<const bf16*>(p)[n0 + n];
     if (type == ScalarType::Half) out[n] = static_cast<const fp16*>(p)[n0 + n];
@@ -205,105 +235,147 @@ void load_columns(const void* p, ScalarType type, int64_t n0, int cols, float* o
 }
 
 template <class T>
-void run(const Problem& p) {
-  const int64_t k64 = (p.K + 63) / 64, panels = (p.N + kPanelN - 1) / kPanelN;
-  const Kernels& kernels = select(active_isa(), p.M);
+class Int8Linear {
+ public:
+  explicit Int8Linear(const Problem& problem)
+      : p(problem),
+        kernels(select(active_isa(), p.M)),
+        k64((p.K + 63) / 64),
+        panels((p.N + kPanelN - 1) / kPanelN),
+        blocks(p.M, k64, kernels.max_rows),
+        tile_bytes((kernels.tiles ? kDotMaxRows : kernels.max_rows) * k64 * 64),
+        past_cache(p.K >= 512 && p.M * p.N * int64_t(sizeof(T)) >= kPastCacheBytes && whole_lines(static_cast<T*>(p.y), p.N)) {}
 
-  // Blocks of rows, cut evenly into tiles.
-  const int64_t block_max = std::clamp<int64_t>(kBlockBytes / std::max<int64_t>(k64 * 64, 1) / kDotMaxRows, 1, 64) * kDotMaxRows;
-  const int64_t blocks = (p.M + block_max - 1) / block_max;
-  const int64_t tiles_max = block_max / kernels.max_rows + 1;
-  const int64_t tile_bytes = kDotMaxRows * k64 * 64;  // room for any layout
-  struct Block {
-    int64_t m0, rows, tiles;
-    int64_t row(int64_t t) const { return rows * t / tiles; }
-  };
-  auto block_of = [&](int64_t b) {
-    Block block{p.M * b / blocks, 0, 0};
-    block.rows = p.M * (b + 1) / blocks - block.m0;
-    block.tiles = (block.rows + kernels.max_rows - 1) / kernels.max_rows;
-    return block;
-  };
+  void run() {
+    thread_local Scratch scratch;
+    const int64_t a_bytes = blocks.count * blocks.max_tiles * tile_bytes;
+    a = scratch.get(a_bytes + p.M * sizeof(float));
+    s_x = reinterpret_cast<float*>(a + a_bytes);
 
-  thread_local Scratch shared_scratch;
-  const int64_t a_bytes = blocks * tiles_max * tile_bytes;
-  int8_t* a = shared_scratch.get(a_bytes + p.M * sizeof(float));
-  float* s_x = reinterpret_cast<float*>(a + a_bytes);
+    in_parallel(blocks.count * blocks.max_tiles, kernels.max_rows * (p.K / 4.0 + 20),
+                [this](int64_t begin, int64_t end) {
+                  for (int64_t i = begin; i < end; i++) quantize(i / blocks.max_tiles, i % blocks.max_tiles);
+                });
 
-  auto quantize_tile = [&](int64_t b, int64_t t) {
-    const Block block = block_of(b);
-    const int64_t m0 = block.m0 + block.row(t);
-    const int rows = static_cast<int>(block.m0 + block.row(t + 1) - m0);
-    int8_t* out = a + (b * tiles_max + t) * tile_bytes;
-    const int64_t padded = rows > 16 ? 32 : 16;
-    thread_local Scratch row_scratch;
-    // Quads pass through rows an odd number of cache lines apart, so that K = 2ⁿ does not alias.
-    const int64_t stride = k64 * 64 + 64;
-    int8_t* q = kernels.tiles ? out : row_scratch.get(rows * stride);
-    for (int r = 0; r < rows; r++) {
-      const int64_t m = m0 + r;
-      const float* given = p.x_scales ? p.x_scale + (p.x_scales == 1 ? 0 : m) : nullptr;
-      const T* x = static_cast<const T*>(p.x) + m * p.K;
-      s_x[m] = kernels.tiles ? kernels.quantize(x, p.K, given, q + r * 64, padded * 64)
-                             : kernels.quantize(x, p.K, given, q + r * stride, 64);
-    }
-    if (!kernels.tiles) kernels.pack(q, stride, rows, k64, kernels.flip, out);
-  };
-
-  auto multiply = [&](int64_t begin, int64_t end) {
-    thread_local Scratch panel_scratch;
-    alignas(64) int32_t acc[kDotMaxRows * kPanelN];
-    alignas(64) float s_w[kPanelN], bias[kPanelN];
-    for (int64_t task = begin; task < end; task++) {
-      const int64_t b = task / panels, n0 = task % panels * kPanelN;
-      const int cols = static_cast<int>(std::min<int64_t>(kPanelN, p.N - n0));
-      const int8_t* panel;
-      if (p.packed) {
-        panel = p.weight + n0 / kPanelN * panel_bytes(k64);
-      } else {
-        int8_t* scratch = panel_scratch.get(panel_bytes(k64));
-        pack_panel(p.weight, p.N, p.K, n0, k64, scratch);
-        panel = scratch;
-      }
-      load_columns(p.w_scale, ScalarType::Float, n0, cols, s_w);
-      load_columns(p.bias, p.bias_type, n0, cols, bias);
-      const Block block = block_of(b);
-      const int lines = static_cast<int>((kPanelStep / 64 + block.tiles - 1) / block.tiles);
-      for (int64_t t = 0; t < block.tiles; t++) {
-        const int64_t m0 = block.m0 + block.row(t);
-        const int rows = static_cast<int>(block.m0 + block.row(t + 1) - m0);
-        // A panel that only one tile meets is a stream; else each tile fetches its share of the next panel.
-        const int8_t* ahead = block.tiles == 1 ? nullptr : panel + panel_bytes(k64) + t * lines * 64 * k64;
-        const DotFn dot = kernels.tiles ? kernels.dot[rows > 16] : kernels.dot[rows - 1];
-        dot({a + (b * tiles_max + t) * tile_bytes, panel, k64, acc, ahead, lines});
-        const int64_t at = m0 * p.N + n0;
-        kernels.epilogue(EpilogueTile<T>{acc, s_x + m0, s_w, bias,
-                                         p.residual ? static_cast<const T*>(p.residual) + at : nullptr,
-                                         static_cast<T*>(p.y) + at, p.N, rows, cols},
-                         p.activation);
-      }
-    }
-  };
-
-  const int64_t block_rows = p.M / blocks;
-  const double quantize_cycles = double(kernels.max_rows) * p.K / 4;
-  torch::stable::parallel_for(0, blocks * tiles_max, std::max<int64_t>(1, int64_t(kTaskCycles / (quantize_cycles + 1))),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t i = begin; i < end; i++)
-                                  if (i % tiles_max < block_of(i / tiles_max).tiles)
-                                    quantize_tile(i / tiles_max, i % tiles_max);
-                              });
-  // A panel costs its bytes at about 8 a cycle or its products, whichever is more.
-  const double panel_cycles =
-      kPanelN * double(p.K) * std::max(1.0 / 8, block_rows / kernels.macs_per_cycle) + 100.0 * block_rows;
-  torch::stable::parallel_for(0, blocks * panels, std::max<int64_t>(1, int64_t(kTaskCycles / panel_cycles)),
-                              [&](int64_t begin, int64_t end) {
+    // A panel costs its bytes at about 8 a cycle or its products, whichever is more, and its epilogue.
+    const double rows = static_cast<double>(p.M) / blocks.count;
+    const double cycles = kPanelN * double(p.K) * std::max(1.0 / 8, rows / kernels.macs_per_cycle) + 20 * rows + 50;
+    in_parallel(blocks.count * panels, cycles, [this](int64_t begin, int64_t end) {
 #if defined(__x86_64__)
-                                if (kernels.tiles) return amx::with_tiles([&] { multiply(begin, end); });
+      if (kernels.tiles) return amx::with_tiles([&] { multiply(begin, end); });
 #endif
-                                multiply(begin, end);
-                              });
-}
+      multiply(begin, end);
+    });
+  }
+
+ private:
+  int8_t* tile(int64_t b, int64_t t) const { return a + (b * blocks.max_tiles + t) * tile_bytes; }
+
+  void quantize(int64_t b, int64_t t) {
+    if (t >= blocks.tiles(b)) return;
+    const int64_t m0 = blocks.first_row(b, t);
+    const int rows = static_cast<int>(blocks.first_row(b, t + 1) - m0);
+    thread_local Scratch scratch;
+    // Rows on their way to quads lie an odd number of cache lines apart, so that K = 2ⁿ does not alias in L1.
+    const int64_t between = k64 % 2 ? k64 * 64 : k64 * 64 + 64;
+    int8_t* q = kernels.tiles ? tile(b, t) : scratch.get(rows * between);
+    const int64_t row_stride = kernels.tiles ? 64 : between;
+    const int64_t chunk_stride = kernels.tiles ? (rows > 16 ? 32 : 16) * 64 : 64;
+    const auto quantize_row = std::get<TypeKernels<T>>(kernels.types).quantize;
+    for (int64_t m = m0; m < m0 + rows; m++, q += row_stride) {
+      const float* given = p.x_scales ? p.x_scale + (p.x_scales == 1 ? 0 : m) : nullptr;
+      s_x[m] = quantize_row(static_cast<const T*>(p.x) + m * p.K, p.K, given, q, chunk_stride);
+    }
+    if (!kernels.tiles) kernels.pack(q - rows * between, between, rows, k64, kernels.flip, tile(b, t));
+  }
+
+  // How the row tiles of a block meet a panel: in steps of 64·k_step k, fetching the panel's own stream or, for each 64 k,
+  // `lines` cache lines of the next panel.
+  struct Walk {
+    int64_t k_step;
+    bool own_stream;
+    int lines;
+  };
+  Walk walk_of(int64_t tiles) const {
+    const int share = static_cast<int>((kPanelStep / 64 + tiles - 1) / tiles);
+    if (!kernels.tiles) return {std::max<int64_t>(k64, 1), tiles == 1, share};
+    // AMX is fed by the hardware's own prefetch until several tiles share the work of fetching.
+    if (tiles == 1) return {std::max<int64_t>(k64, 1), false, 0};
+    if (tiles < 4) return {kAmxSteps / 2, false, 0};
+    return {kAmxSteps, false, share};
+  }
+
+  // A tile whose sums are complete and whose epilogue is not.
+  struct Pending {
+    EpilogueTile<T> tile;
+    EpilogueFn<T> fn;
+    int next = 0, rows = 0;
+
+    void some(int n) {
+      const int end = std::min(next + n, rows);
+      fn(tile, next, end);
+      next = end;
+    }
+    static void advance(void* self, int n) { static_cast<Pending*>(self)->some(n); }
+  };
+
+  // Tasks [begin, end) of the (block, panel) pairs. With AMX the epilogue of a tile runs between the steps of the next one.
+  void multiply(int64_t begin, int64_t end) {
+    thread_local Scratch panel_scratch, acc_scratch;
+    constexpr int64_t kAcc = kDotMaxRows * kPanelN;
+    const int64_t accs = kernels.tiles ? blocks.max_tiles : 1;
+    int32_t* acc = reinterpret_cast<int32_t*>(acc_scratch.get(accs * kAcc * sizeof(int32_t)));
+    alignas(64) float s_w[2][kPanelN], bias[2][kPanelN];  // a pending tile keeps those of its panel
+    Pending pending{{}, std::get<TypeKernels<T>>(kernels.types).epilogue_for(p.activation)};
+    for (int64_t task = begin; task < end; task++) {
+      const int64_t b = task / panels, n0 = (task - b * panels) * kPanelN;
+      const int cols = static_cast<int>(std::min<int64_t>(kPanelN, p.N - n0));
+      const int8_t* panel = p.weight + n0 / kPanelN * panel_bytes(k64);
+      if (!p.packed) {
+        int8_t* packed = panel_scratch.get(panel_bytes(k64));
+        pack_panel(p.weight, p.N, p.K, n0, k64, packed);
+        panel = packed;
+      }
+      load_columns(p.w_scale, ScalarType::Float, n0, cols, s_w[task % 2]);
+      load_columns(p.bias, p.bias_type, n0, cols, bias[task % 2]);
+      const int64_t tiles = blocks.tiles(b);
+      const Walk walk = walk_of(tiles);
+      const int8_t* ahead = walk.own_stream ? nullptr : panel + panel_bytes(k64);
+      for (int64_t k = 0; k < std::max<int64_t>(k64, 1); k += walk.k_step)
+        for (int64_t t = 0; t < tiles; t++) {
+          const int64_t m0 = blocks.first_row(b, t), rows = blocks.first_row(b, t + 1) - m0;
+          const int64_t k_end = std::min(k + walk.k_step, k64);
+          int32_t* sums = acc + t % accs * kAcc;
+          DotArgs args{tile(b, t), panel, k, k_end, sums, ahead, walk.lines};
+          if (pending.next < pending.rows) args.background = {Pending::advance, &pending, pending.rows - pending.next};
+          kernels.dot[kernels.tiles ? rows > 16 : rows - 1](args);
+          if (ahead) ahead += (k_end - k) * walk.lines * 64;
+          if (k_end < k64) continue;
+          const int64_t at = m0 * p.N + n0;
+          pending.some(pending.rows);
+          pending.tile = {sums,   s_x + m0, s_w[task % 2], bias[task % 2], p.residual ? residual() + at : nullptr, y() + at,
+                          p.N, cols, past_cache};
+          pending.next = 0;
+          pending.rows = static_cast<int>(rows);
+          if (!kernels.tiles) pending.some(pending.rows);
+        }
+    }
+    pending.some(pending.rows);
+    if (past_cache) kernels.fence();
+  }
+
+  const T* residual() const { return static_cast<const T*>(p.residual); }
+  T* y() const { return static_cast<T*>(p.y); }
+
+  const Problem& p;
+  const Kernels& kernels;
+  const int64_t k64, panels;
+  const Blocks blocks;
+  const int64_t tile_bytes;
+  const bool past_cache;
+  int8_t* a = nullptr;     // quantized rows, tile by tile
+  float* s_x = nullptr;    // [M]
+};
 
 Tensor int8_linear_cpu(Tensor x, Tensor weight, Tensor w_scale, std::optional<Tensor> bias,
                        std::optional<Tensor> residual, Activation activation, std::optional<Tensor> x_scale) {
@@ -360,9 +432,9 @@ Tensor int8_linear_cpu(Tensor x, Tensor weight, Tensor w_scale, std::optional<Te
     p.x_scale = static_cast<const float*>(x_scale->const_data_ptr());
   }
   switch (x.scalar_type()) {
-    case ScalarType::Float: run<float>(p); break;
-    case ScalarType::BFloat16: run<bf16>(p); break;
-    case ScalarType::Half: run<fp16>(p); break;
+    case ScalarType::Float: Int8Linear<float>(p).run(); break;
+    case ScalarType::BFloat16: Int8Linear<bf16>(p).run(); break;
+    case ScalarType::Half: Int8Linear<fp16>(p).run(); break;
     default: STD_TORCH_CHECK(false, "int8_linear: x must be fp32, bf16 or fp16");
   }
   return y;

@@ -57,6 +57,11 @@ template <class T>
 PYOPS_INLINE void store(T* p, Vec a) {
   PYOPS_LANES p[i] = static_cast<T>(a.v[i]);
 }
+template <class T>
+PYOPS_INLINE void stream(T* p, Vec a) {
+  store(p, a);
+}
+PYOPS_INLINE void fence_streams() {}
 PYOPS_INLINE Vec set1(float x) {
   Vec r;
   PYOPS_LANES r.v[i] = x;
@@ -178,6 +183,13 @@ PYOPS_INLINE void store(bf16* p, Vec a) {
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0xd8);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
+// Past the caches; p on a vector's boundary. Other threads see the data after fence_streams.
+PYOPS_INLINE void stream(float* p, Vec a) { _mm256_stream_ps(p, a.v); }
+template <class T>
+PYOPS_INLINE void stream(T* p, Vec a) {
+  store(p, a);
+}
+PYOPS_INLINE void fence_streams() { _mm_sfence(); }
 PYOPS_INLINE Vec set1(float x) { return {_mm256_set1_ps(x)}; }
 PYOPS_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 PYOPS_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -240,14 +252,21 @@ PYOPS_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 PYOPS_INLINE void store(fp16* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
-PYOPS_INLINE void store(bf16* p, Vec a) {
+PYOPS_INLINE __m256i to_bf16(Vec a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   const __m512i r = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
 }
+PYOPS_INLINE void store(bf16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(a)); }
+PYOPS_INLINE void stream(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
+PYOPS_INLINE void stream(bf16* p, Vec a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16(a)); }
+PYOPS_INLINE void stream(fp16* p, Vec a) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+PYOPS_INLINE void fence_streams() { _mm_sfence(); }
 PYOPS_INLINE Vec set1(float x) { return {_mm512_set1_ps(x)}; }
 PYOPS_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 PYOPS_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }

@@ -213,7 +213,7 @@ def int8_linear(
     """
     if isinstance(x_scale, (int, float)) and not isinstance(x_scale, bool):
         x_scale = torch.full((), x_scale, dtype=torch.float32, device=x.device)
-    _check(x, w_q, w_scale, bias, residual, activation, x_scale)
+    check_args(x, w_q, w_scale, bias, residual, activation, x_scale)
     return dispatch(x, w_q, w_scale, bias, residual, activation, x_scale)
 
 
@@ -246,7 +246,8 @@ def _check_q_w(q_w: torch.Tensor) -> None:
         raise ValueError(f"w_q has K={q_w.shape[1]}; above {MAX_K} an int32 sum of products could overflow")
 
 
-def _check(x, w_q, w_scale, bias, residual, activation, x_scale) -> None:
+def check_args(x, w_q, w_scale, bias, residual, activation, x_scale) -> None:
+    """Raise the TypeError or ValueError that `int8_linear` documents, for tensors of an x_scale too."""
     for name, t, allowed in (
         ("x", x, FLOAT_DTYPES),
         ("w_q", w_q, (torch.int8,)),
