@@ -1,0 +1,199 @@
+"""Run the real launchers on CPU tensors and compile every launch for a GPU that is not there; nothing is executed.
+
+    python tests/gpuless/compile_only.py cuda 90 report.json
+
+Triton asks its active driver for the device, its limits and a launcher. The driver here answers for the wanted target
+and its launcher does nothing, so grids, heuristics, pruning and autotuning run as they would on that GPU, every config
+that survives pruning is compiled, and the machine code can be inspected. A process can hold one target only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+import tempfile
+
+import torch
+import triton
+from cuda_tools import inspect_cubin
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+
+from pyops.kernels import int8_linear as kernels
+from pyops.ops.epilogue import ACTIVATIONS
+
+# Shared memory that one program may use, and multiprocessors: A100, H100, B200.
+DEVICE_LIMITS = {80: (166912, 108), 90: (232448, 132), 100: (232448, 148)}
+
+
+class _Device:
+    """What Triton asks of a device."""
+
+    def __init__(self, arch: int):
+        self.max_shared_mem, self.multiprocessors = DEVICE_LIMITS[arch]
+
+    def get_device_properties(self, device):
+        return {
+            "max_shared_mem": self.max_shared_mem,
+            "multiprocessor_count": self.multiprocessors,
+            "max_num_regs": 65536,
+            "warpSize": 32,
+            "sm_clock_rate": 1,
+            "mem_clock_rate": 1,
+            "mem_bus_width": 1,
+        }
+
+    def load_binary(self, name, binary, shared_bytes, device):
+        return 1, 1, 0, 0, 1024  # module, function, registers, spills, threads
+
+    def unload_module(self, module):
+        pass
+
+
+class _NoLaunch:
+    """A launcher that checks the grid against the limits of CUDA and drops the launch."""
+
+    def __init__(self, source, metadata):
+        pass
+
+    def __call__(self, grid_x, grid_y, grid_z, stream, function, *args):
+        for size, limit in ((grid_x, 2**31), (grid_y, 2**16), (grid_z, 2**16)):
+            assert 0 < size < limit, (grid_x, grid_y, grid_z)
+
+
+class CompileOnlyDriver(DriverBase):
+    """The driver of a device that accepts every launch and does nothing."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+        self.utils = _Device(target.arch)
+        self.launcher_cls = _NoLaunch
+
+    @classmethod
+    def is_active(cls):
+        return True
+
+    def map_python_to_cpp_type(self, ty):
+        return "void*"
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def set_current_device(self, device):
+        pass
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def get_device_interface(self):
+        return torch.cuda
+
+    def get_benchmarker(self):
+        return run_once
+
+    def get_empty_cache_for_benchmark(self):
+        return torch.empty(1)
+
+    def clear_cache(self, cache):
+        pass
+
+
+def run_once(call, quantiles=None):
+    """Stands in for an autotuner's `do_bench`: every config is run, none is timed."""
+    call()
+    return [0.0, 0.0, 0.0]
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def _jit_function(kernel):
+    """The JITFunction inside autotuners and heuristics."""
+    while not isinstance(kernel, triton.runtime.JITFunction):
+        kernel = kernel.fn
+    return kernel
+
+
+def compiled_variants(kernel) -> list[dict]:
+    """One row for each variant of `kernel` that this process compiled."""
+    function = _jit_function(kernel)
+    rows = []
+    for compiled in function.device_caches[0][0].values():
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(compiled.asm["cubin"])
+            cubin.flush()
+            inspected = inspect_cubin(cubin.name)
+        constants = {function.arg_names[path[0]]: value for path, value in compiled.src.constants.items()}
+        rows.append(
+            {
+                "kernel": function.__name__,
+                "constants": constants,
+                "types": dict(compiled.src.signature),
+                "attributes": {function.arg_names[path[0]]: value for path, value in compiled.src.attrs.items()},
+                "warps": compiled.metadata.num_warps,
+                "stages": compiled.metadata.num_stages,
+                "shared_bytes": compiled.metadata.shared,
+                "ptx": compiled.asm["ptx"],
+                **inspected,
+            }
+        )
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------------- cases
+
+
+def compile_int8_linear() -> list[dict]:
+    """Every config, then the largest with what costs registers: activations, fp32 outputs, ragged and strided edges."""
+    tuner = kernels._int8_linear_kernel
+    tuner.do_bench = run_once
+    tuner.cache_results = False  # they are no timings
+
+    def call(M, N, K, dtype=torch.bfloat16, activation="none", strided=False, x_scale=None):
+        x, weight, w_scale = torch.zeros(M, K, dtype=dtype), torch.zeros(N, K, dtype=torch.int8), torch.ones(N)
+        residual = torch.zeros(N, M, dtype=dtype).T if strided else torch.zeros(M, N, dtype=dtype)
+        kernels.int8_linear(x, weight, w_scale, torch.zeros(N), residual, activation, x_scale)
+
+    for M in (16, 32, 64, 1024):
+        call(M, 4096, 4096)
+    call(16, 65536, 4112, activation="gelu")  # no split, and K ends inside a step
+    call(1024, 4097, 4096, activation="gelu")  # rows of y are not aligned
+
+    tuner.configs = kernels.CONFIGS[-1:]
+    call(1024, 4096, 4112, torch.float16, "silu", x_scale=torch.ones(1))
+    for activation in ("none", "gelu", "tanh"):
+        call(1024, 4096, 4096, torch.float32, activation)
+    call(1024, 4096, 4096, activation="gelu")
+    call(1024, 4096, 4096, strided=True)
+    for activation in ACTIVATIONS:
+        call(16, 4096, 4096, activation=activation)  # in the reduction, which compiles quickly
+    for K in (8, 256, 4096, 16384, 20480):
+        kernels.quantize_rows(torch.zeros(64, K, dtype=torch.bfloat16))
+    kernels.quantize_rows(torch.zeros(64, 4096), torch.ones(64))
+    return [
+        row
+        for kernel in (tuner, kernels._quantize_rows_kernel, kernels._reduce_kernel)
+        for row in compiled_variants(kernel)
+    ]
+
+
+def main(backend: str, arch: str, report_path: str) -> None:
+    """Compile every case for one target; write the tuning table and a row for each compiled variant as JSON."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("TRITON_INTERPRET=1 interprets kernels; unset it to compile them")
+    triton.runtime.driver.set_active(CompileOnlyDriver(GPUTarget(backend, int(arch), 32)))
+    configs = [{**config.kwargs, "warps": config.num_warps, "stages": config.num_stages} for config in kernels.CONFIGS]
+    report = {"int8_linear_configs": configs, "rows": compile_int8_linear()}
+    pathlib.Path(report_path).write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

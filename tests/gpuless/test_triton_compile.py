@@ -1,0 +1,108 @@
+"""What the compiler makes of every Triton kernel for real GPU targets: resources, instructions, width of accesses."""
+
+import importlib.util
+import json
+
+import pytest
+from subprocesses import HERE, run_python
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+TARGETS = [80, 90, 100]
+SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
+
+
+@pytest.fixture(scope="module", params=TARGETS, ids=lambda arch: f"sm_{arch}")
+def target(request, tmp_path_factory):
+    """(architecture, report of compile_only.py for it)."""
+    folder = tmp_path_factory.mktemp(f"sm_{request.param}")
+    report = folder / "report.json"
+    result = run_python(
+        str(HERE / "compile_only.py"), "cuda", str(request.param), str(report), TRITON_CACHE_DIR=str(folder / "cache")
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return request.param, json.loads(report.read_text())
+
+
+def of_kernel(report: dict, name: str) -> list[dict]:
+    found = [row for row in report["rows"] if row["kernel"] == name]
+    assert found, f"{name} was not compiled"
+    return found
+
+
+def describe(row: dict) -> str:
+    return f"{row['kernel']} {row['constants']} {row['types']} warps={row['warps']} stages={row['stages']}"
+
+
+def has(row: dict, prefix: str) -> bool:
+    return any(opcode.startswith(prefix) for opcode in row["opcodes"])
+
+
+def assert_wide(row: dict) -> None:
+    """16-byte loads and stores."""
+    assert has(row, "LDG.E.128"), describe(row)
+    assert has(row, "STG.E.128"), describe(row)
+
+
+def test_no_spills(target):
+    _, report = target
+    for row in report["rows"]:
+        assert row["stack_bytes"] == row["local_bytes"] == 0, (row["registers"], row["stack_bytes"], describe(row))
+
+
+def test_shared_memory_fits(target):
+    arch, report = target
+    for row in report["rows"]:
+        assert row["shared_bytes"] <= SHARED_LIMIT[arch], describe(row)
+
+
+def test_every_int8_config_is_compiled(target):
+    _, report = target
+    rows = of_kernel(report, "_int8_linear_kernel")
+    for config in report["int8_linear_configs"]:
+        settings = [{name: {**row["constants"], **row}[name] for name in config} for row in rows]
+        assert config in settings, config
+
+
+def test_int8_matmul_runs_on_tensor_cores(target):
+    """Hopper's wgmma wants 64 rows; smaller tiles, and Triton on every other target, use mma.sync."""
+    arch, report = target
+    for row in of_kernel(report, "_int8_linear_kernel"):
+        wgmma = arch == 90 and row["constants"]["BLOCK_M"] >= 64
+        assert has(row, "IGMMA" if wgmma else "IMMA"), describe(row)
+
+
+def test_int8_matmul_moves_16_bytes_at_a_time(target):
+    _, report = target
+    for row in of_kernel(report, "_int8_linear_kernel"):
+        copies = {opcode for opcode in row["opcodes"] if opcode.startswith("LDGSTS")}
+        assert copies, describe(row)
+        assert all("128" in opcode for opcode in copies), (copies, describe(row))
+        tile = row["constants"]["BLOCK_M"] * row["constants"]["BLOCK_N"]
+        out_bytes = {"*i32": 4, "*fp32": 4, "*bf16": 2, "*fp16": 2}[row["types"]["out_ptr"]]
+        aligned = ["tt.divisibility", 16] in row["attributes"].get("N", [])
+        if aligned and tile * out_bytes // (32 * row["warps"]) >= 16:
+            assert has(row, "STG.E.128"), describe(row)
+
+
+def test_quantization_moves_16_bytes_at_a_time(target):
+    _, report = target
+    for row in of_kernel(report, "_quantize_rows_kernel"):
+        if row["constants"]["BLOCK_K"] >= 256:
+            assert_wide(row)
+
+
+def test_quantization_rounds_twice(target):
+    """No multiply-add may replace the product and the rounding; ptxas could only fuse what PTX leaves adjacent."""
+    _, report = target
+    for row in of_kernel(report, "_quantize_rows_kernel"):
+        assert "fma." not in row["ptx"], describe(row)
+        assert "div.rn.f32" in row["ptx"], describe(row)
+        # The division itself is a Newton iteration of FFMAs: a few in all, none for each of a thread's 32 elements.
+        assert sum(n for opcode, n in row["opcodes"].items() if opcode.startswith("FFMA")) < 40, describe(row)
+
+
+def test_reduction_moves_16_bytes_at_a_time(target):
+    _, report = target
+    for row in of_kernel(report, "_reduce_kernel"):
+        assert_wide(row)
