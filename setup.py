@@ -6,13 +6,13 @@ PYOPS_CUDA_ARCH         what to build for, such as 90a or 80;90a (default 80;90a
 
 import glob
 import os
+import re
 import shutil
 import subprocess
 
+import pybind11
 from setuptools import setup
 from torch.utils import cpp_extension
-
-import pybind11
 
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of torch 2.11: one build serves every later torch
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-maybe-uninitialized"]
@@ -27,6 +27,12 @@ def cuda_sources() -> list[str]:
     return sources if wanted == "1" or (wanted == "auto" and shutil.which("nvcc")) else []
 
 
+def cuda_library_dirs() -> list[str]:
+    """Where nvcc's own libraries lie; it may be a wrapper, so it is asked."""
+    text = subprocess.run(["nvcc", "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+    return [path for line in text.splitlines() if "LIBRARIES=" in line for path in re.findall(r'-L"?([^"\s]+)', line)]
+
+
 class BuildExtension(cpp_extension.BuildExtension):
     """Also compiles .cu files, by calling nvcc itself: a CPU build of torch refuses to."""
 
@@ -38,7 +44,20 @@ class BuildExtension(cpp_extension.BuildExtension):
             out = os.path.join(self.build_temp, os.path.basename(source) + ".o")
             os.makedirs(self.build_temp, exist_ok=True)
             includes = [f"-I{path}" for path in ext.include_dirs]
-            command = ["nvcc", "-O3", "-std=c++17", "-Xcompiler", "-fPIC", TARGET, *flags, *includes, "-c", source, "-o", out]
+            command = [
+                "nvcc",
+                "-O3",
+                "-std=c++17",
+                "-Xcompiler",
+                "-fPIC",
+                TARGET,
+                *flags,
+                *includes,
+                "-c",
+                source,
+                "-o",
+                out,
+            ]
             jobs.append((command, subprocess.Popen(command)))
             ext.extra_objects.append(out)
         for command, job in jobs:
@@ -57,6 +76,7 @@ extension = cpp_extension.CppExtension(
     include_dirs=[os.path.abspath("csrc"), pybind11.get_include(), *cpp_extension.include_paths()],
     define_macros=[("PYOPS_CUDA", "1")] if cuda else [],
     extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", TARGET, *WARNINGS],
+    library_dirs=cuda_library_dirs() if cuda else [],
     libraries=["cudart_static", "rt", "dl"] if cuda else [],
     depends=glob.glob("csrc/*.h") + glob.glob("csrc/*.inc"),
 )

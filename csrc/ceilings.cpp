@@ -14,9 +14,7 @@
 namespace pyops {
 namespace {
 
-double seconds() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Runs `work(thread)` on all threads at once, `rounds` times; the shortest round in seconds.
 double best_round(int threads, int rounds, const std::function<void(int)>& work) {
@@ -109,7 +107,8 @@ double int8_peak_gops(const std::string& isa, int threads) {
   }
 #endif
   (void)threads;
-  throw std::invalid_argument("isa='" + isa + "': the peak is known for avx512vnni and amx, where the machine has them");
+  throw std::invalid_argument("isa='" + isa +
+                              "': the peak is known for avx512vnni and amx, where the machine has them");
 }
 
 double read_bandwidth_gbs(int64_t bytes, int threads) {

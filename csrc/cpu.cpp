@@ -54,8 +54,7 @@ Isa parse(const std::string& name) {
   for (int i = 0; i <= int(Isa::amx); i++) {
     if (name == kNames[i]) {
       if (Isa(i) <= detected_isa()) return Isa(i);
-      throw std::invalid_argument("PYOPS_CPU_ISA=" + name + ": this machine offers up to " +
-                                  isa_name(detected_isa()));
+      throw std::invalid_argument("PYOPS_CPU_ISA=" + name + ": this machine offers up to " + isa_name(detected_isa()));
     }
     known += (i ? ", " : "") + std::string(kNames[i]);
   }
@@ -80,9 +79,7 @@ Isa active_isa() { return Isa(active().load(std::memory_order_relaxed)); }
 
 void force_isa(const std::string& name) { active().store(int(parse(name))); }
 
-std::vector<std::string> available_isas() {
-  return std::vector<std::string>(kNames, kNames + int(detected_isa()) + 1);
-}
+std::vector<std::string> available_isas() { return std::vector<std::string>(kNames, kNames + int(detected_isa()) + 1); }
 
 void advise_huge_pages(const void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

@@ -29,7 +29,8 @@ struct EpilogueTile {
   T* y;                // [rows][ld]
   int64_t ld;
   int cols;
-  bool past_cache;  // y is larger than the caches: store without reading its lines first; fence_streams when all is done
+  bool
+      past_cache;  // y is larger than the caches: store without reading its lines first; fence_streams when all is done
 };
 
 // Rows [begin, end) of a tile.

@@ -1,6 +1,6 @@
-// Compiles the file PYOPS_ISA_FILE once for each vector ISA, inside pyops::generic, pyops::avx2 and pyops::avx512, where
-// `Vec` is that ISA's vector of floats. Code that all kernels share (epilogue, row quantization) is written once in such a
-// file, in terms of `Vec`.
+// Compiles the file PYOPS_ISA_FILE once for each vector ISA, inside pyops::generic, pyops::avx2 and pyops::avx512,
+// where `Vec` is that ISA's vector of floats. Code that all kernels share (epilogue, row quantization) is written once
+// in such a file, in terms of `Vec`.
 //
 // Regions of `#pragma target` rather than files with -m flags: the linker keeps one copy of an inline function, and a
 // copy of std::min compiled for AVX-512 would crash an older machine. For the same reason such a file uses no std::

@@ -1,7 +1,8 @@
-// int8 dot products of a few rows with one packed panel of 32 columns: acc[r][n] = Σ_k a[r][k] · b[n][k], exact in int32.
+// int8 dot products of a few rows with one packed panel of 32 columns: acc[r][n] = Σ_k a[r][k] · b[n][k], exact in
+// int32.
 //
-// The panel is that of pack_int8 (pyops/ops/int8_linear.py): 128-byte rows, row 0 = 32 int32 of compensation, row 1 + j =
-// k 4j … 4j+3 as [32 n][4 k]. The rows come in the layout their kernel wants:
+// The panel is that of pack_int8 (pyops/ops/int8_linear.py): 128-byte rows, row 0 = 32 int32 of compensation, row 1 + j
+// = k 4j … 4j+3 as [32 n][4 k]. The rows come in the layout their kernel wants:
 //   quads   [K/4][rows][4]      one broadcast feeds a row; a power-of-two row stride cannot alias in L1
 //   tiles   [K/64][rows][64]    what AMX loads, rows padded to 16 or 32
 #pragma once
@@ -15,8 +16,8 @@
 namespace pyops {
 
 constexpr int kPanelN = 32;
-constexpr int kPanelRow = 128;                // bytes of a panel's row
-constexpr int kPanelStep = 16 * kPanelRow;    // bytes for 64 k
+constexpr int kPanelRow = 128;              // bytes of a panel's row
+constexpr int kPanelStep = 16 * kPanelRow;  // bytes for 64 k
 constexpr int kDotMaxRows = 32;
 
 inline int64_t panel_bytes(int64_t k64) { return kPanelRow + k64 * kPanelStep; }
@@ -24,8 +25,8 @@ inline int64_t panel_bytes(int64_t k64) { return kPanelRow + k64 * kPanelStep; }
 // How far a kernel that meets each panel once fetches ahead of itself, in bytes.
 constexpr int64_t kStreamAhead = 8192;
 
-// Work of another kind that an AMX kernel does between its steps: the vector units are idle while tiles multiply. `some(self,
-// n)` does n pieces, or what is left; `pieces` is all there is.
+// Work of another kind that an AMX kernel does between its steps: the vector units are idle while tiles multiply.
+// `some(self, n)` does n pieces, or what is left; `pieces` is all there is.
 struct Background {
   void (*some)(void* self, int n) = nullptr;
   void* self = nullptr;
@@ -83,8 +84,8 @@ PYOPS_INLINE void prefetch_ahead(const DotArgs& d, int64_t step, const int8_t* b
 PYOPS_TARGET_BEGIN_AVX2
 namespace avx2 {
 
-// vpmaddubsw saturates at 2¹⁵ for unsigned · signed bytes. |b| · (a with b's sign) is the same product with both factors
-// at most 128 and 127, and 2 · 128 · 127 < 2¹⁵: exact.
+// vpmaddubsw saturates at 2¹⁵ for unsigned · signed bytes. |b| · (a with b's sign) is the same product with both
+// factors at most 128 and 127, and 2 · 128 · 127 < 2¹⁵: exact.
 template <int MR>
 void int8_dot(const DotArgs& d) {
   const __m256i ones = _mm256_set1_epi16(1);
@@ -109,8 +110,7 @@ void int8_dot(const DotArgs& d) {
     }
   }
   for (int r = 0; r < MR; r++)
-    for (int j = 0; j < 4; j++)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(d.acc + r * kPanelN + j * 8), acc[r][j]);
+    for (int j = 0; j < 4; j++) _mm256_storeu_si256(reinterpret_cast<__m256i*>(d.acc + r * kPanelN + j * 8), acc[r][j]);
 }
 
 }  // namespace avx2
@@ -154,16 +154,16 @@ PYOPS_TARGET_END
 PYOPS_TARGET_BEGIN_VNNI
 namespace avx512vnni {
 
-// One broadcast, two dot-product steps. Written in assembly because GCC hoists the broadcasts of an unrolled tile out of
-// order and then spills the accumulators (a third of the speed); zmm31 is the broadcast.
-#define PYOPS_DOT2(acc0, acc1, a, b0, b1)                                                        \
-  __asm__ volatile(                                                                              \
-      "vpbroadcastd %4, %%zmm31\n\tvpdpbusd %2, %%zmm31, %0\n\tvpdpbusd %3, %%zmm31, %1"          \
-      : "+v"(acc0), "+v"(acc1)                                                                   \
-      : "v"(b0), "v"(b1), "m"(*reinterpret_cast<const int32_t*>(a))                              \
-      : "xmm31")
+// One broadcast, two dot-product steps. Written in assembly because GCC hoists the broadcasts of an unrolled tile out
+// of order and then spills the accumulators (a third of the speed); zmm31 is the broadcast.
+#define PYOPS_DOT2(acc0, acc1, a, b0, b1)                                                             \
+  __asm__ volatile("vpbroadcastd %4, %%zmm31\n\tvpdpbusd %2, %%zmm31, %0\n\tvpdpbusd %3, %%zmm31, %1" \
+                   : "+v"(acc0), "+v"(acc1)                                                           \
+                   : "v"(b0), "v"(b1), "m"(*reinterpret_cast<const int32_t*>(a))                      \
+                   : "xmm31")
 
-// vpdpbusd multiplies unsigned a by signed b: a holds q + 128, and the accumulators start at -128·Σ b, the panel's row 0.
+// vpdpbusd multiplies unsigned a by signed b: a holds q + 128, and the accumulators start at -128·Σ b, the panel's row
+// 0.
 template <int MR>
 void int8_dot(const DotArgs& d) {
   __m512i acc[MR][2];
@@ -249,7 +249,8 @@ __attribute__((noinline)) void with_tiles(F&& work) {
 }
 
 // 16·MT rows x 32 columns: tiles 0–3 accumulate, 4–5 hold rows, 6–7 the panel. Signed · signed needs no compensation.
-// Rows come from L2 with the streaming hint, so that the range of the panel, which all row tiles meet in turn, stays in L1.
+// Rows come from L2 with the streaming hint, so that the range of the panel, which all row tiles meet in turn, stays in
+// L1.
 template <int MT>
 void int8_dot(const DotArgs& d) {
   constexpr int kRows = 16 * MT;

@@ -1,8 +1,8 @@
 // y[m, n] = act(s_x[m] · s_w[n] · Σ_k q_x[m, k] · q_w[n, k] + bias[n] + residual[m, n])      (pyops/ops/int8_linear.py)
 //
-// Rows are quantized once into scratch, in tiles of as many rows as a kernel holds in registers. Blocks of row tiles that
-// fit in L2 then meet every panel of 32 output channels: tile kernel (int8_dot.h), accumulators through L1 into the
-// epilogue (epilogue.h). Work is cut into (block, panel) pairs, even over the threads.
+// Rows are quantized once into scratch, in tiles of as many rows as a kernel holds in registers. Blocks of row tiles
+// that fit in L2 then meet every panel of 32 output channels: tile kernel (int8_dot.h), accumulators through L1 into
+// the epilogue (epilogue.h). Work is cut into (block, panel) pairs, even over the threads.
 #include <algorithm>
 #include <memory>
 #include <tuple>
@@ -15,11 +15,12 @@
 namespace pyops {
 namespace {
 
-constexpr int64_t kBlockBytes = 1 << 20;   // quantized rows of a block: half of a 2 MiB L2, the rest is for panels
-constexpr int64_t kMaxBlockRows = 512;     // so that a block's accumulators stay in L2 as well
-constexpr int64_t kPastCacheBytes = 4 << 20;  // a result of this size is stored past the caches, unless K is so short that stores are all
-constexpr int64_t kAmxSteps = 16;          // 64·16 k of a panel, 32 KiB, stay in L1 while the row tiles pass
-constexpr double kTaskCycles = 30'000;     // less work than this is not worth another thread
+constexpr int64_t kBlockBytes = 1 << 20;  // quantized rows of a block: half of a 2 MiB L2, the rest is for panels
+constexpr int64_t kMaxBlockRows = 512;    // so that a block's accumulators stay in L2 as well
+constexpr int64_t kPastCacheBytes =
+    4 << 20;  // a result of this size is stored past the caches, unless K is so short that stores are all
+constexpr int64_t kAmxSteps = 16;       // 64·16 k of a panel, 32 KiB, stay in L1 while the row tiles pass
+constexpr double kTaskCycles = 30'000;  // less work than this is not worth another thread
 
 // ------------------------------------------------------------------------------------------------- row layouts
 
@@ -67,11 +68,9 @@ void pack_quads_avx512(const int8_t* rows, int64_t stride, int n, int64_t k64, u
   const __mmask16 wanted = static_cast<__mmask16>((1u << n) - 1);
   for (int64_t k = 0; k < k64; k++) {
     __m512i r[16];
-    for (int i = 0; i < 16; i++)
-      r[i] = i < n ? _mm512_loadu_si512(rows + i * stride + k * 64) : _mm512_setzero_si512();
+    for (int i = 0; i < 16; i++) r[i] = i < n ? _mm512_loadu_si512(rows + i * stride + k * 64) : _mm512_setzero_si512();
     transpose16(r);
-    for (int i = 0; i < 16; i++, out += n * 4)
-      _mm512_mask_storeu_epi32(out, wanted, _mm512_xor_si512(r[i], flips));
+    for (int i = 0; i < 16; i++, out += n * 4) _mm512_mask_storeu_epi32(out, wanted, _mm512_xor_si512(r[i], flips));
   }
 }
 PYOPS_TARGET_END
@@ -86,22 +85,23 @@ struct TypeKernels {
 };
 
 struct Kernels {
-  int max_rows;               // rows of a tile
-  bool tiles;                 // rows in AMX tiles, else in quads
-  uint8_t flip;               // xor on the quantized rows
+  int max_rows;  // rows of a tile
+  bool tiles;    // rows in AMX tiles, else in quads
+  uint8_t flip;  // xor on the quantized rows
   double macs_per_cycle;
-  const DotFn* dot;           // quads: dot[r - 1] for r rows; tiles: dot[0] for 16, dot[1] for 32
+  const DotFn* dot;  // quads: dot[r - 1] for r rows; tiles: dot[0] for 16, dot[1] for 32
   decltype(&pack_quads) pack;
   void (*fence)();
   std::tuple<TypeKernels<float>, TypeKernels<bf16>, TypeKernels<fp16>> types;
 };
 
 // What all kernels of a vector ISA share.
-#define PYOPS_SHARED(isa)                                              \
-  isa::fence_streams, {                                                \
-    TypeKernels<float>{isa::quantize_row<float>, isa::epilogue_for<float>}, \
-        TypeKernels<bf16>{isa::quantize_row<bf16>, isa::epilogue_for<bf16>}, \
-        TypeKernels<fp16>{isa::quantize_row<fp16>, isa::epilogue_for<fp16>}  \
+#define PYOPS_SHARED(isa)                                                                        \
+  isa::fence_streams, {                                                                          \
+    TypeKernels<float>{isa::quantize_row<float>, isa::epilogue_for<float>},                      \
+        TypeKernels<bf16>{isa::quantize_row<bf16>, isa::epilogue_for<bf16>}, TypeKernels<fp16> { \
+      isa::quantize_row<fp16>, isa::epilogue_for<fp16>                                           \
+    }                                                                                            \
   }
 
 const Kernels& select(Isa isa, int64_t M) {
@@ -114,8 +114,8 @@ const Kernels& select(Isa isa, int64_t M) {
                                       avx512::int8_dot<4>, avx512::int8_dot<5>, avx512::int8_dot<6>,
                                       avx512::int8_dot<7>, avx512::int8_dot<8>};
   using namespace avx512vnni;
-  static constexpr DotFn kVnni[] = {int8_dot<1>, int8_dot<2>,  int8_dot<3>,  int8_dot<4>,  int8_dot<5>,
-                                    int8_dot<6>, int8_dot<7>,  int8_dot<8>,  int8_dot<9>,  int8_dot<10>,
+  static constexpr DotFn kVnni[] = {int8_dot<1>,  int8_dot<2>,  int8_dot<3>,  int8_dot<4>, int8_dot<5>,
+                                    int8_dot<6>,  int8_dot<7>,  int8_dot<8>,  int8_dot<9>, int8_dot<10>,
                                     int8_dot<11>, int8_dot<12>, int8_dot<13>, int8_dot<14>};
   static constexpr DotFn kAmx[] = {amx::int8_dot<1>, amx::int8_dot<2>};
   static const Kernels avx2{3, false, 0, 24, kAvx2, pack_quads, PYOPS_SHARED(avx2)};
@@ -123,11 +123,16 @@ const Kernels& select(Isa isa, int64_t M) {
   static const Kernels vnni{14, false, 0x80, 128, kVnni, pack_quads_avx512, PYOPS_SHARED(avx512)};
   static const Kernels amx{32, true, 0, 800, kAmx, nullptr, PYOPS_SHARED(avx512)};
   switch (isa) {
-    case Isa::amx: return M <= 4 ? vnni : amx;  // a tile would be mostly padding; one to four rows only stream weights
-    case Isa::avx512vnni: return vnni;
-    case Isa::avx512: return avx512;
-    case Isa::avx2: return avx2;
-    case Isa::generic: break;
+    case Isa::amx:
+      return M <= 4 ? vnni : amx;  // a tile would be mostly padding; one to four rows only stream weights
+    case Isa::avx512vnni:
+      return vnni;
+    case Isa::avx512:
+      return avx512;
+    case Isa::avx2:
+      return avx2;
+    case Isa::generic:
+      break;
   }
 #endif
   (void)isa, (void)M;
@@ -244,7 +249,8 @@ class Int8Linear {
         panels((p.N + kPanelN - 1) / kPanelN),
         blocks(p.M, k64, kernels.max_rows),
         tile_bytes((kernels.tiles ? kDotMaxRows : kernels.max_rows) * k64 * 64),
-        past_cache(p.K >= 512 && p.M * p.N * int64_t(sizeof(T)) >= kPastCacheBytes && whole_lines(static_cast<T*>(p.y), p.N)) {}
+        past_cache(p.K >= 512 && p.M * p.N * int64_t(sizeof(T)) >= kPastCacheBytes &&
+                   whole_lines(static_cast<T*>(p.y), p.N)) {}
 
   void run() {
     thread_local Scratch scratch;
@@ -289,8 +295,8 @@ class Int8Linear {
     if (!kernels.tiles) kernels.pack(q - rows * between, between, rows, k64, kernels.flip, tile(b, t));
   }
 
-  // How the row tiles of a block meet a panel: in steps of 64·k_step k, fetching the panel's own stream or, for each 64 k,
-  // `lines` cache lines of the next panel.
+  // How the row tiles of a block meet a panel: in steps of 64·k_step k, fetching the panel's own stream or, for each 64
+  // k, `lines` cache lines of the next panel.
   struct Walk {
     int64_t k_step;
     bool own_stream;
@@ -319,7 +325,8 @@ class Int8Linear {
     static void advance(void* self, int n) { static_cast<Pending*>(self)->some(n); }
   };
 
-  // Tasks [begin, end) of the (block, panel) pairs. With AMX the epilogue of a tile runs between the steps of the next one.
+  // Tasks [begin, end) of the (block, panel) pairs. With AMX the epilogue of a tile runs between the steps of the next
+  // one.
   void multiply(int64_t begin, int64_t end) {
     thread_local Scratch panel_scratch, acc_scratch;
     constexpr int64_t kAcc = kDotMaxRows * kPanelN;
@@ -353,8 +360,8 @@ class Int8Linear {
           if (k_end < k64) continue;
           const int64_t at = m0 * p.N + n0;
           pending.some(pending.rows);
-          pending.tile = {sums,   s_x + m0, s_w[task % 2], bias[task % 2], p.residual ? residual() + at : nullptr, y() + at,
-                          p.N, cols, past_cache};
+          pending.tile = {sums,     s_x + m0, s_w[task % 2], bias[task % 2], p.residual ? residual() + at : nullptr,
+                          y() + at, p.N,      cols,          past_cache};
           pending.next = 0;
           pending.rows = static_cast<int>(rows);
           if (!kernels.tiles) pending.some(pending.rows);
@@ -373,8 +380,8 @@ class Int8Linear {
   const Blocks blocks;
   const int64_t tile_bytes;
   const bool past_cache;
-  int8_t* a = nullptr;     // quantized rows, tile by tile
-  float* s_x = nullptr;    // [M]
+  int8_t* a = nullptr;   // quantized rows, tile by tile
+  float* s_x = nullptr;  // [M]
 };
 
 Tensor int8_linear_cpu(Tensor x, Tensor weight, Tensor w_scale, std::optional<Tensor> bias,
@@ -414,9 +421,9 @@ Tensor int8_linear_cpu(Tensor x, Tensor weight, Tensor w_scale, std::optional<Te
     bias = as_contiguous(*bias);
     p.bias = bias->const_data_ptr();
     p.bias_type = bias->scalar_type();
-    STD_TORCH_CHECK(p.bias_type == ScalarType::Float || p.bias_type == ScalarType::BFloat16 ||
-                        p.bias_type == ScalarType::Half,
-                    "int8_linear: bias must be fp32, bf16 or fp16");
+    STD_TORCH_CHECK(
+        p.bias_type == ScalarType::Float || p.bias_type == ScalarType::BFloat16 || p.bias_type == ScalarType::Half,
+        "int8_linear: bias must be fp32, bf16 or fp16");
   }
   if (residual) {
     STD_TORCH_CHECK(residual->numel() == p.M * p.N && residual->scalar_type() == x.scalar_type(),
@@ -432,10 +439,17 @@ Tensor int8_linear_cpu(Tensor x, Tensor weight, Tensor w_scale, std::optional<Te
     p.x_scale = static_cast<const float*>(x_scale->const_data_ptr());
   }
   switch (x.scalar_type()) {
-    case ScalarType::Float: Int8Linear<float>(p).run(); break;
-    case ScalarType::BFloat16: Int8Linear<bf16>(p).run(); break;
-    case ScalarType::Half: Int8Linear<fp16>(p).run(); break;
-    default: STD_TORCH_CHECK(false, "int8_linear: x must be fp32, bf16 or fp16");
+    case ScalarType::Float:
+      Int8Linear<float>(p).run();
+      break;
+    case ScalarType::BFloat16:
+      Int8Linear<bf16>(p).run();
+      break;
+    case ScalarType::Half:
+      Int8Linear<fp16>(p).run();
+      break;
+    default:
+      STD_TORCH_CHECK(false, "int8_linear: x must be fp32, bf16 or fp16");
   }
   return y;
 }

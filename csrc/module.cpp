@@ -8,8 +8,9 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of pyops: CPU features and build facts; the ops are in torch.ops.pyops";
-  m.def("cpu_isa", [] { return std::string(pyops::isa_name(pyops::active_isa())); },
-        "Instruction set that the CPU kernels use");
+  m.def(
+      "cpu_isa", [] { return std::string(pyops::isa_name(pyops::active_isa())); },
+      "Instruction set that the CPU kernels use");
   m.def("available_cpu_isas", &pyops::available_isas, "Instruction sets that can be forced on this machine, ascending");
   m.def("force_cpu_isa", &pyops::force_isa, py::arg("name"),
         "Use this instruction set from now on; \"\" for the best. Raises ValueError if the machine lacks it");
@@ -18,9 +19,10 @@ PYBIND11_MODULE(_C, m) {
         "Rate of the int8 multiply of an instruction set from registers, 10^9 operations a second");
   m.def("read_bandwidth_gbs", &pyops::read_bandwidth_gbs, py::arg("bytes"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>(), "Memory read bandwidth, 10^9 bytes a second");
-  m.def("advise_huge_pages",
-        [](uintptr_t data, size_t bytes) { pyops::advise_huge_pages(reinterpret_cast<const void*>(data), bytes); },
-        py::arg("data"), py::arg("bytes"), "Ask for 2 MiB pages under a buffer that will be streamed");
+  m.def(
+      "advise_huge_pages",
+      [](uintptr_t data, size_t bytes) { pyops::advise_huge_pages(reinterpret_cast<const void*>(data), bytes); },
+      py::arg("data"), py::arg("bytes"), "Ask for 2 MiB pages under a buffer that will be streamed");
   m.def("build_info", [] {
     py::dict info;
     info["compiler"] = __VERSION__;
