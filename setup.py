@@ -19,6 +19,7 @@ WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-maybe-uninitializ
 
 
 def cuda_sources() -> list[str]:
+    """The .cu files to build, by PYOPS_CUDA and whether there is an nvcc."""
     wanted, sources = os.environ.get("PYOPS_CUDA", "auto"), sorted(glob.glob("csrc/*.cu"))
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"PYOPS_CUDA={wanted!r} is not one of auto, 0, 1")
@@ -58,6 +59,7 @@ class BuildExtension(cpp_extension.BuildExtension):
                 "-o",
                 out,
             ]
+            command += ["-o", out]
             jobs.append((command, subprocess.Popen(command)))
             ext.extra_objects.append(out)
         for command, job in jobs:

@@ -57,6 +57,17 @@ template <class T>
 PYOPS_INLINE void store(T* p, Vec a) {
   PYOPS_LANES p[i] = static_cast<T>(a.v[i]);
 }
+// The first n lanes; those beyond are zero, and are not touched in memory.
+template <class T>
+PYOPS_INLINE Vec load(const T* p, int n) {
+  Vec r;
+  PYOPS_LANES r.v[i] = i < n ? static_cast<float>(p[i]) : 0.0f;
+  return r;
+}
+template <class T>
+PYOPS_INLINE void store(T* p, Vec a, int n) {
+  PYOPS_LANES if (i < n) p[i] = static_cast<T>(a.v[i]);
+}
 template <class T>
 PYOPS_INLINE void stream(T* p, Vec a) {
   store(p, a);
@@ -181,6 +192,19 @@ PYOPS_INLINE void store(bf16* p, Vec a) {
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0xd8);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
+// The first n lanes; those beyond are zero, and are not touched in memory.
+template <class T>
+PYOPS_INLINE Vec load(const T* p, int n) {
+  T part[Vec::kLanes] = {};
+  for (int i = 0; i < Vec::kLanes && i < n; i++) part[i] = p[i];
+  return load(part);
+}
+template <class T>
+PYOPS_INLINE void store(T* p, Vec a, int n) {
+  T part[Vec::kLanes];
+  store(part, a);
+  for (int i = 0; i < Vec::kLanes && i < n; i++) p[i] = part[i];
+}
 // Past the caches; p on a vector's boundary. Other threads see the data after fence_streams.
 PYOPS_INLINE void stream(float* p, Vec a) { _mm256_stream_ps(p, a.v); }
 template <class T>
@@ -259,6 +283,20 @@ PYOPS_INLINE __m256i to_bf16(Vec a) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
 }
 PYOPS_INLINE void store(bf16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(a)); }
+PYOPS_INLINE __mmask16 first_lanes(int n) {
+  return static_cast<__mmask16>(n >= 16 ? 0xffff : n <= 0 ? 0 : (1 << n) - 1);
+}
+PYOPS_INLINE Vec load(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
+PYOPS_INLINE Vec load(const bf16* p, int n) {
+  const __m256i h = _mm256_maskz_loadu_epi16(first_lanes(n), p);
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+}
+PYOPS_INLINE Vec load(const fp16* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p))}; }
+PYOPS_INLINE void store(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), a.v); }
+PYOPS_INLINE void store(bf16* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), to_bf16(a)); }
+PYOPS_INLINE void store(fp16* p, Vec a, int n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
 PYOPS_INLINE void stream(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
 PYOPS_INLINE void stream(bf16* p, Vec a) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16(a)); }
 PYOPS_INLINE void stream(fp16* p, Vec a) {

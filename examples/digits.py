@@ -2,14 +2,15 @@
 
     python examples/digits.py [--epochs 15] [--out demo_output]
 
-Prints accuracy before and after, the report of the swap and a latency table, and writes the plot of the latencies. The data
-are scikit-learn's 1 797 scanned digits of 8x8 pixels; the larger network sees them enlarged to 28x28.
+Prints accuracy before and after, the report of the swap and a latency table, and writes the plot of the latencies. The
+data are scikit-learn's 1 797 scanned digits of 8x8 pixels; the larger network sees them enlarged to 28x28.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import pathlib
 import time
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ def digits(side: int) -> Digits:
 def mlp(*sizes: int) -> nn.Sequential:
     """Linear layers of these sizes with ReLU between them."""
     layers: list[nn.Module] = []
-    for i, (n_in, n_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
         layers += [nn.Linear(n_in, n_out)] + ([nn.ReLU()] if i < len(sizes) - 2 else [])
     return nn.Sequential(*layers)
 
@@ -134,9 +135,8 @@ def main() -> None:
             times = latencies_us({"fp32": dense, "int8": swapped}, data.x_test[:batch])
             rows.append((name, batch, times["fp32"], times["int8"]))
 
-    print(
-        f"\n{'network':<16}{'batch':>6}{'fp32 µs':>10}{'int8 µs':>10}{'speedup':>9}   ({torch.get_num_threads()} threads)"
-    )
+    print(f"\nmedian time of a forward pass, {torch.get_num_threads()} threads")
+    print(f"{'network':<16}{'batch':>6}{'fp32 µs':>10}{'int8 µs':>10}{'speedup':>9}")
     for name, batch, fp32, int8 in rows:
         print(f"{name:<16}{batch:>6}{fp32:>10.1f}{int8:>10.1f}{fp32 / int8:>8.2f}x")
     path = args.out / "digits_latency.png"
