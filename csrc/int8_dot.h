@@ -271,7 +271,7 @@ void int8_dot(const DotArgs& d) {
     }
   }
   const int steps = static_cast<int>(d.end - d.begin);
-  const int pieces = d.background.pieces ? (d.background.pieces + steps - 1) / steps : 0;
+  const int pieces = steps && d.background.pieces ? (d.background.pieces + steps - 1) / steps : 0;
   for (int step = 0; step < steps; step++, a += kRows * 64, b += kPanelStep) {
     prefetch_ahead(d, step, b);
     if (pieces) d.background.some(d.background.self, pieces);

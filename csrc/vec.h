@@ -116,7 +116,7 @@ PYOPS_INLINE Vec round(Vec a) {
   PYOPS_LANES a.v[i] = std::nearbyintf(a.v[i]);
   return a;
 }
-// 2ⁿ for integral n in [-126, 127]; anything for NaN.
+// 2ⁿ for integral n in [-126, 128], infinite for 128; anything for NaN.
 PYOPS_INLINE Vec pow2(Vec n) {
   PYOPS_LANES {
     const int32_t e = n.v[i] == n.v[i] ? static_cast<int32_t>(n.v[i]) : 0;

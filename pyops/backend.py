@@ -26,6 +26,8 @@ native_missing: str | None = None
 
 def _load_native() -> None:
     global native, native_missing
+    if forced == "triton" and not triton_installed():
+        raise ImportError("PYOPS_BACKEND=triton, but the package triton is not installed: pip install triton")
     if forced in ("ref", "triton"):
         native_missing = f"switched off by PYOPS_BACKEND={forced}"
         return
@@ -46,11 +48,16 @@ HOW_TO_BUILD = "Build it with a C++17 compiler: pip install --no-build-isolation
 HOW_TO_BUILD_CUDA = "Build with nvcc on the PATH and PYOPS_CUDA=1"
 
 
+def triton_installed() -> bool:
+    """True if the package triton is there; it is not imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def triton_missing() -> str | None:
     """Why Triton kernels cannot run here, or None if they can. Does not import Triton."""
     if forced in ("ref", "cpp", "cuda"):
         return f"switched off by PYOPS_BACKEND={forced}"
-    if importlib.util.find_spec("triton") is None:
+    if not triton_installed():
         return "the package triton is not installed"
     if triton_interpreted():
         return None

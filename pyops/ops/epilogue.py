@@ -47,5 +47,6 @@ def activation_backward(grad: torch.Tensor, z: torch.Tensor, activation: str) ->
 
 
 def check_activation(activation: str) -> None:
+    """Raise ValueError for a name that is not in ACTIVATIONS."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not one of {', '.join(ACTIVATIONS)}")

@@ -44,7 +44,7 @@ def register(
 
 
 def _register_devices(name: str, triton: bool) -> None:
-    if triton and backend.forced in (None, "triton"):
+    if triton and backend.triton_installed() and backend.forced in (None, "triton"):
         launch = _lazy_launcher(name)
         library.impl(name, launch, "CUDA")
         if backend.forced == "triton":

@@ -1,0 +1,42 @@
+"""`python -m pyops info | bench`: exit code 0 if all is well, 2 for a usage error."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+import pyops
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["bench"]:
+        # Before argparse, so that bench sees every argument of its own, --help too.
+        from pyops.bench import run
+
+        return run.main(argv[1:])
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    found = pyops.info()
+    print(json.dumps(found.to_dict(), indent=2) if args.json else found)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m pyops", description=pyops.__doc__)
+    parser.add_argument("--version", action="version", version=pyops.__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    info = commands.add_parser("info", help="what is active here and why", description="What is active here and why.")
+    info.add_argument("--json", action="store_true", help="machine-readable")
+    commands.add_parser(
+        "bench", help="time kernels against their peers; `bench --help` for its arguments", add_help=False
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""A layer against its replacement, on the inputs that the layer really sees: time, and error of the output."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+TURN_S, BUDGET_S = 0.004, 0.12
+"""Length of one turn, and what the turns of both sides may take together."""
+MIN_TURNS, MAX_TURNS = 3, 15
+
+
+@dataclasses.dataclass
+class Captured:
+    """The input of a layer's first call, and the autocast dtype that it was called under."""
+
+    x: torch.Tensor
+    autocast: torch.dtype | None
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode, without gradients and with the random state put back at the end."""
+    # The flags themselves: a model's own train() may do more than set them.
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False
+        devices = {t.device for t in model.parameters() if t.is_cuda}
+        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices):
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def capture(model: nn.Module, layers: Iterable[nn.Module], example_inputs: Any) -> dict[nn.Module, Captured]:
+    """Run the model once; the input of each layer's first call. Layers that were not called are missing."""
+    found: dict[nn.Module, Captured] = {}
+
+    def keep(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = args[0] if args else kwargs.get("input")
+        if layer not in found and isinstance(x, torch.Tensor):
+            device = x.device.type
+            enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+            autocast = torch.get_autocast_dtype(device) if enabled else None
+            found[layer] = Captured(x.detach().clone(), autocast)  # the model may go on to change it in place
+
+    # Registered last, they see what the layer's own pre-hooks made of the input.
+    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+    try:
+        call(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def check_inputs(example_inputs: Any) -> None:
+    """Raise TypeError for what `call` does not take; None is none."""
+    if example_inputs is not None and not isinstance(example_inputs, (torch.Tensor, tuple, Mapping)):
+        kind = type(example_inputs).__name__
+        raise TypeError(
+            f"example_inputs must be a tensor, a tuple of arguments or a dict of keyword arguments, got {kind}"
+        )
+
+
+def call(model: nn.Module, example_inputs: Any) -> Any:
+    """model(tensor), model(*tuple) or model(**mapping)."""
+    if isinstance(example_inputs, torch.Tensor):
+        return model(example_inputs)
+    if isinstance(example_inputs, tuple):
+        return model(*example_inputs)
+    return model(**example_inputs)
+
+
+def compare(before: Callable, after: Callable, captured: Captured) -> tuple[float, float, float]:
+    """(ms of before, ms of after, SQNR in dB of after's output), the two taking turns."""
+    device = captured.x.device.type
+    enabled = captured.autocast is not None
+    with torch.autocast(device, dtype=captured.autocast, enabled=enabled) if enabled else contextlib.nullcontext():
+        return *_time(before, after, captured.x), sqnr_db(before(captured.x), after(captured.x))
+
+
+def sqnr_db(y: torch.Tensor, approximate: torch.Tensor) -> float:
+    """10·log10(‖y‖² / ‖y − ŷ‖²); inf if they are equal, -inf if only y is zero, nan with NaN in either."""
+    signal = y.double().square().sum().item()
+    noise = (y.double() - approximate.double()).square().sum().item()
+    if math.isnan(signal) or math.isnan(noise):
+        return math.nan
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def _time(before: Callable, after: Callable, x: torch.Tensor) -> tuple[float, float]:
+    for function in (before, after):
+        function(x)  # warm: allocations, lazy initialization, compilation
+    once = [_seconds(function, x, 1) for function in (before, after)]
+    repeats = [max(1, int(TURN_S / max(seconds, 1e-7))) for seconds in once]
+    round_s = sum(seconds * n for seconds, n in zip(once, repeats, strict=True))
+    turns = min(MAX_TURNS, max(MIN_TURNS, int(BUDGET_S / max(round_s, 1e-7))))
+    samples: tuple[list[float], list[float]] = ([], [])
+    for turn in range(turns):
+        for side in (0, 1) if turn % 2 == 0 else (1, 0):  # so that a drift of the clock favours neither
+            samples[side].append(_seconds((before, after)[side], x, repeats[side]))
+    return statistics.median(samples[0]) * 1e3, statistics.median(samples[1]) * 1e3
+
+
+def _seconds(function: Callable, x: torch.Tensor, repeats: int) -> float:
+    cuda = x.device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(x.device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function(x)
+    if cuda:
+        torch.cuda.synchronize(x.device)
+    return (time.perf_counter() - start) / repeats

@@ -1,0 +1,113 @@
+"""What `pyops.swap_` did: one row a layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+UNCHANGED = "unchanged"
+
+
+@dataclasses.dataclass
+class Row:
+    """One layer: what it was, what became of it and why."""
+
+    name: str
+    """Its qualified name in the model; a layer under several names is listed under the first."""
+    kind: str
+    """Class of the layer before."""
+    choice: str
+    """What it is now, such as int8_dynamic; "unchanged" if it was left alone."""
+    reason: str
+    shape: tuple[int, ...] = ()
+    """Of the weight: (out_features, in_features)."""
+    bytes_before: int = 0
+    """Of the weight and bias, with scales."""
+    bytes_after: int = 0
+    input_shape: tuple[int, ...] | None = None
+    """Of the input that was timed."""
+    ms_before: float | None = None
+    """Median of one call, without gradient, before and after; None if there were no example inputs."""
+    ms_after: float | None = None
+    sqnr_db: float | None = None
+    """10·log10(‖y‖² / ‖y − ŷ‖²) of this layer's output; inf if exact."""
+
+    @property
+    def swapped(self) -> bool:
+        """True if the layer was replaced."""
+        return self.choice != UNCHANGED
+
+
+@dataclasses.dataclass
+class Report:
+    """The rows of a swap in the order of the model; prints as a table."""
+
+    rows: list[Row]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Rows and totals in plain types; an exact layer has sqnr_db inf."""
+        return {"rows": [dataclasses.asdict(row) for row in self.rows], "totals": self.totals()}
+
+    def totals(self) -> dict[str, Any]:
+        """Counts, bytes and, over the swapped layers that were measured, summed times and the worst SQNR."""
+        swapped = [row for row in self.rows if row.swapped]
+        timed = [row for row in swapped if row.ms_after is not None]
+        sqnr = [row.sqnr_db for row in swapped if row.sqnr_db is not None]
+        return {
+            "layers": len(self.rows),
+            "swapped": len(swapped),
+            "bytes_before": sum(row.bytes_before for row in self.rows),
+            "bytes_after": sum(row.bytes_after for row in self.rows),
+            "timed": len(timed),
+            "ms_before": sum(row.ms_before for row in timed) if timed else None,
+            "ms_after": sum(row.ms_after for row in timed) if timed else None,
+            "worst_sqnr_db": min(sqnr, key=lambda v: -math.inf if math.isnan(v) else v) if sqnr else None,
+        }
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "No layer that this config is for."
+        measured = any(row.ms_after is not None for row in self.rows)
+        figures = ["ms before", "ms after", "x", "SQNR dB"] if measured else []
+        head = ["layer", "kind", "weight", "choice", *figures, "reason"]
+        table = [head, *([*self._cells(row, measured), row.reason] for row in self.rows)]
+        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+        right = range(4, len(head) - 1)
+        lines = [
+            "  ".join(cell.rjust(widths[i]) if i in right else cell.ljust(widths[i]) for i, cell in enumerate(line))
+            for line in table
+        ]
+        rule = "-" * min(max(len(line.rstrip()) for line in lines), 160)
+        return "\n".join([*(line.rstrip() for line in (lines[0], rule, *lines[1:], rule)), self._totals_line()])
+
+    def _cells(self, row: Row, measured: bool) -> list[str]:
+        cells = [row.name, row.kind, "x".join(map(str, row.shape)), row.choice]
+        if measured and row.ms_before is not None and row.ms_after is not None:
+            speedup = f"{row.ms_before / row.ms_after:.2f}" if row.ms_after else "-"
+            sqnr = "-" if row.sqnr_db is None else f"{row.sqnr_db:.1f}"
+            cells += [f"{row.ms_before:.4f}", f"{row.ms_after:.4f}", speedup, sqnr]
+        elif measured:
+            cells += ["-"] * 4
+        return cells
+
+    def _totals_line(self) -> str:
+        t = self.totals()
+        parts = [
+            f"{t['swapped']} of {t['layers']} layers swapped",
+            f"weights {_bytes(t['bytes_before'])} -> {_bytes(t['bytes_after'])}",
+        ]
+        if t["timed"]:
+            speedup = f" ({t['ms_before'] / t['ms_after']:.2f}x)" if t["ms_after"] else ""
+            parts.append(f"{t['timed']} timed: {t['ms_before']:.4f} -> {t['ms_after']:.4f} ms{speedup}")
+        if t["worst_sqnr_db"] is not None:
+            parts.append(f"worst SQNR {t['worst_sqnr_db']:.1f} dB")
+        return ", ".join(parts)
+
+
+def _bytes(n: int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if n < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.2f} GiB"

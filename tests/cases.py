@@ -1,0 +1,99 @@
+"""Data for the tests of every op: shapes, dtypes, layouts of memory, samples for opcheck."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from pyops import backend, ops
+from pyops.ops.epilogue import ACTIVATIONS
+
+needs_native = pytest.mark.skipif(backend.native is None, reason=f"no compiled kernels: {backend.native_missing}")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATION_NAMES = tuple(ACTIVATIONS)
+
+SHAPES = (
+    # M, N, K
+    (1, 1, 1),
+    (1, 64, 64),
+    (2, 3, 5),
+    (3, 33, 31),
+    (4, 32, 128),  # the last M that AMX leaves to VNNI
+    (5, 31, 65),
+    (7, 127, 129),
+    (13, 17, 61),
+    (14, 16, 64),
+    (15, 48, 63),
+    (16, 96, 192),
+    (17, 97, 191),
+    (31, 65, 257),
+    (33, 64, 100),
+    (64, 13, 1024),
+    (129, 40, 67),
+)
+"""1, primes, and one less, exact and one more than every tile of a kernel."""
+
+EMPTY_SHAPES = ((0, 5, 7), (3, 0, 7), (3, 5, 0), (40, 65, 0), (0, 0, 0))
+LONG_SHAPES = ((1, 33, 65536), (3, 5, 40001), (18, 32, 65536))
+
+
+def _junk(x: torch.Tensor) -> torch.Tensor:
+    """What must not be read: NaN, or 77 where there is none."""
+    return torch.full_like(x, torch.nan if x.is_floating_point() else 77)
+
+
+# Each takes a tensor [M, K] and returns one with the same values and other strides.
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "transposed": lambda x: x.T.contiguous().T,
+    "columns of a wider one": lambda x: torch.cat([x, _junk(x[:, :1])], dim=1)[:, :-1],
+    "every other row": lambda x: x.repeat_interleave(2, dim=0)[::2],
+    "every other column": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
+    "storage offset": lambda x: torch.cat([_junk(x)[0, :1], x.reshape(-1)])[1:].view(x.shape),
+    "last row of a stack": lambda x: torch.stack([_junk(x), x])[1],
+}
+EXPANDED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "expanded rows": lambda x: x[:1].expand(x.shape),
+    "expanded columns": lambda x: x[:, :1].expand(x.shape),
+    "expanded scalar": lambda x: x[:1, :1].expand(x.shape),
+}
+"""Strides of zero: the values are the first row's, or column's."""
+
+LEADING = ((), (4,), (2, 3), (2, 1, 3), (1, 2, 1, 2), (0, 3))
+"""Shapes before K."""
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    """Normal values that do not depend on the state of torch's generator."""
+    generator = torch.Generator().manual_seed(seed + 1000003 * len(shape) + sum(shape))
+    return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+
+def randint(low: int, high: int, *shape: int, dtype: torch.dtype = torch.int8, seed: int = 0) -> torch.Tensor:
+    """Integers from low to high, both included."""
+    generator = torch.Generator().manual_seed(seed + 7919 * len(shape) + sum(shape))
+    return torch.randint(low, high + 1, shape, generator=generator).to(dtype)
+
+
+# ------------------------------------------------------------------------------------------- samples of every op
+
+
+def _int8_linear_samples(requires_grad: bool) -> list[tuple]:
+    samples = []
+    for packed in (False, True):
+        for dtype, activation in ((torch.float32, "gelu"), (torch.bfloat16, "none"), (torch.float16, "silu")):
+            q_w, scale = ops.quantize_int8(randn(33, 70))
+            x = randn(2, 3, 70, dtype=dtype).requires_grad_(requires_grad)
+            bias = randn(33).requires_grad_(requires_grad)
+            residual = randn(2, 3, 33, dtype=dtype).requires_grad_(requires_grad)
+            weight = ops.pack_int8(q_w) if packed else q_w
+            samples.append((x, weight, scale))
+            samples.append((x, weight, scale, bias, residual, activation))
+            samples.append((x, weight, scale, None, None, activation, torch.tensor(0.02)))
+    return samples
+
+
+OP_SAMPLES: dict[str, Callable[[bool], list[tuple]]] = {"int8_linear": _int8_linear_samples}
+"""For each op: positional arguments to call it with. A new op has to appear here."""
