@@ -17,8 +17,10 @@ namespace {
 
 constexpr int64_t kBlockBytes = 1 << 20;  // quantized rows of a block: half of a 2 MiB L2, the rest is for panels
 constexpr int64_t kMaxBlockRows = 512;    // so that a block's accumulators stay in L2 as well
-constexpr int64_t kPastCacheBytes =
-    4 << 20;  // a result of this size is stored past the caches, unless K is so short that stores are all
+constexpr int64_t kMinWave = 16;          // blocks that are quantized before they are multiplied, or one a thread
+// A result of this size is stored past the caches, unless K is so short that storing is all there is to do.
+constexpr int64_t kPastCacheBytes = 4 << 20;
+constexpr int64_t kPastCacheMinK = 512;
 constexpr int64_t kAmxSteps = 16;       // 64·16 k of a panel, 32 KiB, stay in L1 while the row tiles pass
 constexpr double kTaskCycles = 30'000;  // less work than this is not worth another thread
 
@@ -32,6 +34,21 @@ void pack_quads(const int8_t* rows, int64_t stride, int n, int64_t k64, uint8_t 
       const int32_t v = quad(rows + r * stride + k * 4) ^ flips;
       std::memcpy(out, &v, 4);
     }
+}
+
+// `rows` rows of a canonical weight [N, K] → a panel, as pack_int8 lays it out.
+void pack_panel(const int8_t* w, int rows, int64_t K, int8_t* panel) {
+  std::memset(panel, 0, panel_bytes((K + 63) / 64));
+  for (int n = 0; n < rows; n++, w += K) {
+    int8_t* out = panel + kPanelRow + n * 4;
+    int32_t sum = 0;
+    for (int64_t k = 0; k < K; k++) {
+      out[k / 4 * kPanelRow + k % 4] = w[k];
+      sum += w[k];
+    }
+    const int32_t compensation = -128 * sum;
+    std::memcpy(panel + n * 4, &compensation, 4);
+  }
 }
 
 #if defined(__x86_64__)
@@ -73,6 +90,28 @@ void pack_quads_avx512(const int8_t* rows, int64_t stride, int n, int64_t k64, u
     for (int i = 0; i < 16; i++, out += n * 4) _mm512_mask_storeu_epi32(out, wanted, _mm512_xor_si512(r[i], flips));
   }
 }
+
+void pack_panel_avx512(const int8_t* w, int rows, int64_t K, int8_t* panel) {
+  const __m512i ones8 = _mm512_set1_epi8(1), ones16 = _mm512_set1_epi16(1);
+  for (int half = 0; half < 2; half++, panel += 64) {
+    int8_t* out = panel + kPanelRow;
+    __m512i sums = _mm512_setzero_si512();  // lane n: Σ_k w[n, k]
+    for (int64_t k = 0; k < K; k += 64) {
+      const __mmask64 wanted = K - k >= 64 ? ~0ull : (1ull << (K - k)) - 1;
+      __m512i r[16];
+      for (int i = 0; i < 16; i++) {
+        const int n = half * 16 + i;
+        r[i] = n < rows ? _mm512_maskz_loadu_epi8(wanted, w + n * K + k) : _mm512_setzero_si512();
+      }
+      transpose16(r);
+      for (int i = 0; i < 16; i++, out += kPanelRow) {
+        sums = _mm512_add_epi32(sums, _mm512_madd_epi16(_mm512_maddubs_epi16(ones8, r[i]), ones16));
+        _mm512_storeu_si512(out, r[i]);
+      }
+    }
+    _mm512_storeu_si512(panel, _mm512_slli_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), sums), 7));
+  }
+}
 PYOPS_TARGET_END
 #endif
 
@@ -89,8 +128,9 @@ struct Kernels {
   bool tiles;    // rows in AMX tiles, else in quads
   uint8_t flip;  // xor on the quantized rows
   double macs_per_cycle;
-  const DotFn* dot;  // quads: dot[r - 1] for r rows; tiles: dot[0] for 16, dot[1] for 32
-  decltype(&pack_quads) pack;
+  const DotFn* dot;                 // quads: dot[r - 1] for r rows; tiles: dot[0] for 16, dot[1] for 32
+  decltype(&pack_quads) pack_rows;  // null for tiles, which are quantized in place
+  decltype(&pack_panel) panel_packer;
   void (*fence)();
   std::tuple<TypeKernels<float>, TypeKernels<bf16>, TypeKernels<fp16>> types;
 };
@@ -107,7 +147,7 @@ struct Kernels {
 const Kernels& select(Isa isa, int64_t M) {
   static constexpr DotFn kGeneric[] = {generic::int8_dot<1>, generic::int8_dot<2>, generic::int8_dot<3>,
                                        generic::int8_dot<4>};
-  static const Kernels generic{4, false, 0, 2, kGeneric, pack_quads, PYOPS_SHARED(generic)};
+  static const Kernels generic{4, false, 0, 2, kGeneric, pack_quads, pack_panel, PYOPS_SHARED(generic)};
 #if defined(__x86_64__)
   static constexpr DotFn kAvx2[] = {avx2::int8_dot<1>, avx2::int8_dot<2>, avx2::int8_dot<3>};
   static constexpr DotFn kAvx512[] = {avx512::int8_dot<1>, avx512::int8_dot<2>, avx512::int8_dot<3>,
@@ -118,10 +158,10 @@ const Kernels& select(Isa isa, int64_t M) {
                                     int8_dot<6>,  int8_dot<7>,  int8_dot<8>,  int8_dot<9>, int8_dot<10>,
                                     int8_dot<11>, int8_dot<12>, int8_dot<13>, int8_dot<14>};
   static constexpr DotFn kAmx[] = {amx::int8_dot<1>, amx::int8_dot<2>};
-  static const Kernels avx2{3, false, 0, 24, kAvx2, pack_quads, PYOPS_SHARED(avx2)};
-  static const Kernels avx512{8, false, 0, 40, kAvx512, pack_quads_avx512, PYOPS_SHARED(avx512)};
-  static const Kernels vnni{14, false, 0x80, 128, kVnni, pack_quads_avx512, PYOPS_SHARED(avx512)};
-  static const Kernels amx{32, true, 0, 800, kAmx, nullptr, PYOPS_SHARED(avx512)};
+  static const Kernels avx2{3, false, 0, 24, kAvx2, pack_quads, pack_panel, PYOPS_SHARED(avx2)};
+  static const Kernels avx512{8, false, 0, 40, kAvx512, pack_quads_avx512, pack_panel_avx512, PYOPS_SHARED(avx512)};
+  static const Kernels vnni{14, false, 0x80, 128, kVnni, pack_quads_avx512, pack_panel_avx512, PYOPS_SHARED(avx512)};
+  static const Kernels amx{32, true, 0, 800, kAmx, nullptr, pack_panel_avx512, PYOPS_SHARED(avx512)};
   switch (isa) {
     case Isa::amx:
       return M <= 4 ? vnni : amx;  // a tile would be mostly padding; one to four rows only stream weights
@@ -164,22 +204,6 @@ class Scratch {
   std::unique_ptr<int8_t[], Free> data_;
   size_t size_ = 0;
 };
-
-// A canonical weight [N, K] → the panel of columns [n0, n0 + 32), as pack_int8 lays it out.
-void pack_panel(const int8_t* w, int64_t N, int64_t K, int64_t n0, int64_t k64, int8_t* panel) {
-  std::memset(panel, 0, panel_bytes(k64));
-  for (int64_t n = 0; n < std::min<int64_t>(kPanelN, N - n0); n++) {
-    const int8_t* row = w + (n0 + n) * K;
-    int8_t* out = panel + kPanelRow + n * 4;
-    int32_t sum = 0;
-    for (int64_t k = 0; k < K; k++) {
-      out[k / 4 * kPanelRow + k % 4] = row[k];
-      sum += row[k];
-    }
-    const int32_t compensation = -128 * sum;
-    std::memcpy(panel + n * 4, &compensation, 4);
-  }
-}
 
 // -------------------------------------------------------------------------------------------------------- launcher
 
@@ -249,24 +273,28 @@ class Int8Linear {
         panels((p.N + kPanelN - 1) / kPanelN),
         blocks(p.M, k64, kernels.max_rows),
         tile_bytes((kernels.tiles ? kDotMaxRows : kernels.max_rows) * k64 * 64),
-        past_cache(p.K >= 512 && p.M * p.N * int64_t(sizeof(T)) >= kPastCacheBytes &&
+        past_cache(p.K >= kPastCacheMinK && p.M * p.N * int64_t(sizeof(T)) >= kPastCacheBytes &&
                    whole_lines(static_cast<T*>(p.y), p.N)) {}
 
+  // In waves of blocks, which bound the scratch however many rows there are.
   void run() {
-    thread_local Scratch scratch;
-    const int64_t a_bytes = blocks.count * blocks.max_tiles * tile_bytes;
-    a = scratch.get(a_bytes + p.M * sizeof(float));
-    s_x = reinterpret_cast<float*>(a + a_bytes);
+    const int64_t wave = std::min(blocks.count, std::max<int64_t>(kMinWave, torch::stable::get_num_threads()));
+    thread_local Scratch scratch, scales;
+    a = scratch.get(wave * blocks.max_tiles * tile_bytes);
+    s_x = reinterpret_cast<float*>(scales.get(p.M * sizeof(float)));
+    for (first_block = 0; first_block < blocks.count; first_block += wave)
+      run_wave(std::min(wave, blocks.count - first_block));
+  }
 
-    in_parallel(blocks.count * blocks.max_tiles, kernels.max_rows * (p.K / 4.0 + 20),
-                [this](int64_t begin, int64_t end) {
-                  for (int64_t i = begin; i < end; i++) quantize(i / blocks.max_tiles, i % blocks.max_tiles);
-                });
-
+ private:
+  void run_wave(int64_t count) {
+    in_parallel(count * blocks.max_tiles, kernels.max_rows * (p.K / 4.0 + 20), [this](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) quantize(first_block + i / blocks.max_tiles, i % blocks.max_tiles);
+    });
     // A panel costs its bytes at about 8 a cycle or its products, whichever is more, and its epilogue.
     const double rows = static_cast<double>(p.M) / blocks.count;
     const double cycles = kPanelN * double(p.K) * std::max(1.0 / 8, rows / kernels.macs_per_cycle) + 20 * rows + 50;
-    in_parallel(blocks.count * panels, cycles, [this](int64_t begin, int64_t end) {
+    in_parallel(count * panels, cycles, [this](int64_t begin, int64_t end) {
 #if defined(__x86_64__)
       if (kernels.tiles) return amx::with_tiles([&] { multiply(begin, end); });
 #endif
@@ -274,8 +302,7 @@ class Int8Linear {
     });
   }
 
- private:
-  int8_t* tile(int64_t b, int64_t t) const { return a + (b * blocks.max_tiles + t) * tile_bytes; }
+  int8_t* tile(int64_t b, int64_t t) const { return a + ((b - first_block) * blocks.max_tiles + t) * tile_bytes; }
 
   void quantize(int64_t b, int64_t t) {
     if (t >= blocks.tiles(b)) return;
@@ -292,7 +319,7 @@ class Int8Linear {
       const float* given = p.x_scales ? p.x_scale + (p.x_scales == 1 ? 0 : m) : nullptr;
       s_x[m] = quantize_row(static_cast<const T*>(p.x) + m * p.K, p.K, given, q, chunk_stride);
     }
-    if (!kernels.tiles) kernels.pack(q - rows * between, between, rows, k64, kernels.flip, tile(b, t));
+    if (!kernels.tiles) kernels.pack_rows(q - rows * between, between, rows, k64, kernels.flip, tile(b, t));
   }
 
   // How the row tiles of a block meet a panel: in steps of 64·k_step k, fetching the panel's own stream or, for each 64
@@ -325,8 +352,8 @@ class Int8Linear {
     static void advance(void* self, int n) { static_cast<Pending*>(self)->some(n); }
   };
 
-  // Tasks [begin, end) of the (block, panel) pairs. With AMX the epilogue of a tile runs between the steps of the next
-  // one.
+  // Tasks [begin, end) of the wave's (block, panel) pairs. With AMX the epilogue of a tile runs between the steps of
+  // the next one.
   void multiply(int64_t begin, int64_t end) {
     thread_local Scratch panel_scratch, acc_scratch;
     constexpr int64_t kAcc = kDotMaxRows * kPanelN;
@@ -335,12 +362,12 @@ class Int8Linear {
     alignas(64) float s_w[2][kPanelN], bias[2][kPanelN];  // a pending tile keeps those of its panel
     Pending pending{{}, std::get<TypeKernels<T>>(kernels.types).epilogue_for(p.activation)};
     for (int64_t task = begin; task < end; task++) {
-      const int64_t b = task / panels, n0 = (task - b * panels) * kPanelN;
+      const int64_t b = first_block + task / panels, n0 = task % panels * kPanelN;
       const int cols = static_cast<int>(std::min<int64_t>(kPanelN, p.N - n0));
       const int8_t* panel = p.weight + n0 / kPanelN * panel_bytes(k64);
       if (!p.packed) {
         int8_t* packed = panel_scratch.get(panel_bytes(k64));
-        pack_panel(p.weight, p.N, p.K, n0, k64, packed);
+        kernels.panel_packer(p.weight + n0 * p.K, cols, p.K, packed);
         panel = packed;
       }
       load_columns(p.w_scale, ScalarType::Float, n0, cols, s_w[task % 2]);
@@ -380,8 +407,9 @@ class Int8Linear {
   const Blocks blocks;
   const int64_t tile_bytes;
   const bool past_cache;
-  int8_t* a = nullptr;   // quantized rows, tile by tile
-  float* s_x = nullptr;  // [M]
+  int64_t first_block = 0;  // of the wave
+  int8_t* a = nullptr;      // the wave's quantized rows, tile by tile
+  float* s_x = nullptr;     // [M]
 };
 
 Tensor int8_linear_cpu(Tensor x, Tensor weight, Tensor w_scale, std::optional<Tensor> bias,

@@ -1,0 +1,182 @@
+"""The runner of all benchmarks: `python -m pyops bench OP`, or `python -m pyops.bench.run OP`.
+
+For each thread count every peer gets a worker process that lives over all cases. For each case the workers build and
+compute it; a result that is not right is reported as wrong and gets no time. Then the workers take turns, one at a
+time, a few rounds, so that a noisy moment of the machine hits all of them; a noisy case gets more rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from pyops.bench import case as cases
+from pyops.bench import machine, plot, report
+from pyops.bench.case import Case
+from pyops.bench.peers import select
+from pyops.bench.runner import FOREIGN_CPUS, Runner
+
+
+class UsageError(ValueError):
+    """A bad argument; the message says which."""
+
+
+def run_op(spec: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Benchmark one op: prints its tables, returns the document that becomes the JSON."""
+    op, module = cases.load(spec)
+    chosen = [case for case in op.cases if fnmatch.fnmatch(case.name, args.cases)]
+    kinds = select(module.PEERS, args.against)
+    kinds = [kind for kind in kinds if args.device in kind.devices]
+    document: dict[str, Any] = {
+        "schema": report.SCHEMA,
+        "op": op.name,
+        "title": op.title,
+        "baseline": op.baseline,
+        "quick": args.quick,
+        "machine": machine.describe(args.device),
+        "threads": args.threads,
+        "ceilings": {},
+        "peers": [
+            {"name": k.name, "role": k.role, "runs": k.runs, "excluded": k.excluded, "package": k.package}
+            | {"version": k.version(), "missing": k.missing(args.device)}
+            for k in kinds
+        ],
+    }
+    rows: list[report.Row] = []
+    progress = tqdm(total=len(chosen) * len(args.threads), desc=op.name, unit="case", file=sys.stderr, disable=None)
+    for threads in args.threads:
+        runner = Runner(op, spec, chosen, kinds, threads, args)
+        document["ceilings"][str(threads)] = runner.ceilings
+        try:
+            for case in chosen:
+                progress.set_postfix_str(f"{case.name} {threads}T")
+                fresh = runner.case_rows(case)
+                rows += fresh
+                progress.clear()
+                _print_case(case, threads, fresh)
+                progress.update()
+        finally:
+            runner.close()
+    progress.close()
+    return {**document, "rows": rows, "points": report.points(rows), "summary": report.summarize(rows)}
+
+
+def _print_case(case: Case, threads: int, rows: list[report.Row]) -> None:
+    for cache in dict.fromkeys(row["cache"] for row in rows if row["cache"]):
+        title = f"{case.name}  {threads} thread{'s' * (threads > 1)}, {cache} weights"
+        busy = max(row.get("foreign_cpus", 0.0) for row in rows)
+        noise = f"\n  NOISY: other processes used {busy:.1f} CPUs meanwhile" * (busy > FOREIGN_CPUS)
+        shown = [row for row in rows if row["cache"] in (cache, None)]
+        print(f"\n{title}  ({case.source}){noise}\n{report.table(shown)}", flush=True)
+    if not any(row["cache"] for row in rows):
+        print(f"\n{case.name}  {threads}T\n{report.table(rows)}", flush=True)
+
+
+def list_ops(device: str) -> str:
+    """The ops with their cases and peers, in words."""
+    lines = []
+    for name in cases.op_names():
+        op, module = cases.load(name)
+        lines += [f"{op.name}: {op.title}", f"  cases: {', '.join(case.name for case in op.cases)}", "  peers:"]
+        for kind in module.PEERS:
+            state = kind.missing(device) or kind.version()
+            lines.append(
+                f"    {kind.name.ljust(16)} {kind.runs} [{state}]" + f" ({kind.excluded})" * bool(kind.excluded)
+            )
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m pyops bench", description="Benchmark ops against their peers.")
+    parser.add_argument(
+        "ops", nargs="*", metavar="OP", help="an op, or a .py file that defines OP and PEERS; none: list"
+    )
+    parser.add_argument(
+        "--against", type=lambda s: s.split(","), help="only these peers, comma-separated (ours always runs)"
+    )
+    parser.add_argument("--threads", help="thread counts, comma-separated; default: 1 and all cores")
+    parser.add_argument("--cases", default="*", help="only cases whose name matches this glob")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--quick", action="store_true", help="short turns, few rounds: for a first look, not for a claim"
+    )
+    parser.add_argument("--skip-ceilings", action="store_true", help="do not measure the machine's ceilings")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="where the JSON goes")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="where the PNG goes; default: beside the JSON")
+    parser.add_argument("--replot", type=Path, metavar="JSON", help="draw the plot of an earlier run and exit")
+    parser.add_argument("--list", action="store_true", help="list ops, cases and peers and exit")
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Complete the arguments. Raises UsageError."""
+    if args.threads is None:
+        args.threads = sorted({1, machine.cores()}) if args.device == "cpu" else [1]
+    else:
+        words = args.threads.split(",")
+        if not all(word.isdecimal() and int(word) > 0 for word in words):
+            raise UsageError(f"--threads must be positive numbers, comma-separated, got {args.threads!r}")
+        args.threads = list(dict.fromkeys(int(word) for word in words))
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device here")
+    if len(args.ops) > 1 and (args.json or args.plot):
+        raise UsageError("--json and --plot name one file; give one OP with them")
+    for spec in args.ops:
+        try:
+            op, module = cases.load(spec)
+            select(module.PEERS, args.against)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        if not any(fnmatch.fnmatch(case.name, args.cases) for case in op.cases):
+            names = ", ".join(case.name for case in op.cases)
+            raise UsageError(f"--cases {args.cases!r} matches no case of {op.name}; there are: {names}")
+
+
+def _default_json(document: dict[str, Any]) -> Path:
+    """bench/results/ in a checkout, else the working directory. A quick run never takes the place of a real one."""
+    results = Path(__file__).resolve().parent / "results"
+    folder = results if (results.parents[1] / "pyproject.toml").is_file() else Path()
+    quick = "-quick" if document["quick"] else ""
+    return folder / f"{document['op']}-{machine.slug(document['machine'])}{quick}.json"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; 0 if ours is right everywhere, 1 if not, 2 for a bad argument."""
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        if args.replot:
+            print(plot.replot(args.replot, args.plot))
+            return 0
+        _check(args)
+    except (UsageError, OSError, ValueError) as error:
+        print(f"pyops bench: {error}", file=sys.stderr)
+        return 2
+    if args.list or not args.ops:
+        print(list_ops(args.device))
+        return 0
+    failed = False
+    for spec in args.ops:
+        began = time.monotonic()
+        document = run_op(spec, args)
+        path = args.json or _default_json(document)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        print(f"\n{report.summary_text(document)}\n\n{path}\n{plot.replot(path, args.plot)}")
+        print(f"{time.monotonic() - began:.0f} s", file=sys.stderr)
+        failed |= any(r["role"] == "ours" and r["status"] in ("wrong", "error") for r in document["rows"])
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

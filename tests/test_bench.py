@@ -1,0 +1,331 @@
+"""The benchmark runner: that it checks, counts and reports rightly. No test here asserts a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pyops.bench import ceilings, report, timing
+from pyops.bench.case import load, op_names
+from pyops.bench.peers import select
+from pyops.bench.run import main
+
+TINY = '''
+"""An op that doubles its input, with peers that are right, slow, wrong, broken and missing."""
+import time
+import torch
+from pyops.bench.case import Case, Op
+from pyops.bench.peers import Instance, Peer
+
+OP = Op(
+    name="tiny",
+    title="doubling",
+    cases=tuple(
+        Case(f"n{n}", "vectors", f"n={n}", {"n": n}, ops=n, bytes=8 * n, source="a test", cold=n > 8) for n in (8, 64)
+    ),
+    make_inputs=lambda case, device: {"x": torch.arange(1, case.dims["n"] + 1, dtype=torch.float32)},
+    oracle=lambda inputs: inputs["x"] * 2,
+    reference=lambda inputs: inputs["x"] * 2,
+    min_sqnr_db=30.0,
+    max_error_eps=2.0,
+    baseline="slow",
+    peak="fp32_gflops",
+)
+
+
+class Ours(Peer):
+    name, role, runs, factor, delay = "pyops", "ours", "x · factor", 2.0, 0.0
+
+    def weight_bytes(self, inputs):
+        return inputs["x"].nbytes
+
+    def variants(self, inputs):
+        def call():
+            time.sleep(self.delay)
+            return inputs["x"] * self.factor
+
+        return {"": lambda: Instance(call)}
+
+
+class Slow(Ours):
+    name, role, delay = "slow", "baseline", 0.002
+
+
+class Wrong(Ours):
+    name, role, factor = "wrong", "peer", 2.2
+
+
+class Broken(Ours):
+    name, role = "broken", "peer"
+
+    def variants(self, inputs):
+        raise RuntimeError("no such kernel")
+
+
+class Dead(Ours):
+    name, role = "dead", "peer"
+
+    def variants(self, inputs):
+        import os
+
+        os._exit(3)
+
+
+class Missing(Ours):
+    name, role, module, package = "missing", "peer", "no_such_module", "no-such-package"
+
+
+class Figure(Ours):
+    name, role, excluded = "figure", "figure", "it only looks fast"
+
+
+class Choosy(Ours):
+    name, role = "choosy", "peer"
+
+    def variants(self, inputs):
+        def slow():
+            time.sleep(0.01)
+            return inputs["x"] * 2
+
+        def fast():
+            time.sleep(0.003)
+            return inputs["x"] * 2
+
+        return {"slow one": lambda: Instance(slow), "fast one": lambda: Instance(fast)}
+
+
+PEERS = [Ours, Slow, Wrong, Broken, Dead, Missing, Figure, Choosy]
+'''
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of the op `tiny`."""
+    path = tmp_path_factory.mktemp("bench") / "tiny.py"
+    path.write_text(TINY, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def document(tiny: Path) -> dict:
+    """The JSON of one run of `tiny`."""
+    target = tiny.with_suffix(".json")
+    assert main([str(tiny), "--quick", "--threads", "1", "--skip-ceilings", "--json", str(target)]) == 0
+    return json.loads(target.read_text(encoding="utf-8"))
+
+
+def _rows(document: dict, peer: str) -> list[dict]:
+    return [row for row in document["rows"] if row["peer"] == peer]
+
+
+def test_json_has_its_schema(document: dict, tiny: Path) -> None:
+    assert document["schema"] == report.SCHEMA
+    assert (document["op"], document["baseline"], document["threads"], document["quick"]) == ("tiny", "slow", [1], True)
+    assert {"cpu", "isa_flags", "cores", "os", "python", "torch", "pyops", "date", "native"} <= set(document["machine"])
+    assert {p["name"]: p["version"] for p in document["peers"]}["slow"] == torch.__version__
+    (warm,) = [row for row in _rows(document, "pyops") if row["case"] == "n8"]
+    assert warm["status"] == "ok"
+    assert (warm["cache"], warm["dims"], warm["ratio"], warm["sqnr_db"]) == ("warm", {"n": 8}, 1.0, None)
+    assert 0 < warm["p20_ms"] <= warm["median_ms"] <= warm["p80_ms"]
+    assert warm["samples"] >= 4
+    assert {row["cache"] for row in _rows(document, "pyops") if row["case"] == "n64"} == {"warm", "cold"}
+    assert tiny.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_wrong_peer_has_no_time(document: dict) -> None:
+    assert len(_rows(document, "wrong")) == 2  # one for each case
+    for row in _rows(document, "wrong"):
+        assert row["status"] == "wrong"
+        assert "SQNR 20.0 dB" in row["reason"]
+        assert "median_ms" not in row
+    assert all("wrong" not in part["geomean_over_peer"] for part in document["summary"].values())
+
+
+def test_peers_without_a_result_say_why(document: dict) -> None:
+    assert {(r["status"], r["reason"]) for r in _rows(document, "broken")} == {
+        ("error", "RuntimeError: no such kernel")
+    }
+    assert {(r["status"], r["reason"]) for r in _rows(document, "missing")} == {
+        ("missing", "not installed: pip install no-such-package")
+    }
+    dead = _rows(document, "dead")  # started again for the second case
+    assert [(r["status"], "the worker died (3)" in r["reason"]) for r in dead] == [("error", True)] * 2
+
+
+def test_best_peer_is_the_fastest_that_competes(document: dict) -> None:
+    """The figure is fastest, the wrong peer would be: neither competes."""
+    assert {point["best_peer"] for point in document["points"]} == {"slow"}
+    for point in document["points"]:
+        assert point["speedup"] == point["over_baseline"] == pytest.approx(point["best_peer_ms"] / point["ours_ms"])
+        assert point["speedup"] > 1
+    assert _rows(document, "figure")[0]["status"] == "ok"
+
+
+def test_fastest_variant_is_timed(document: dict) -> None:
+    assert {row["variant"] for row in _rows(document, "choosy")} == {"fast one"}
+
+
+def test_ours_must_agree_to_the_last_bits(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """An SQNR of 100 dB is enough for a peer, not for ours."""
+    path = tmp_path / "tiny.py"
+    path.write_text(TINY.replace('"x · factor", 2.0', '"x · factor", 2.00002'), encoding="utf-8")
+    options = ["--quick", "--threads", "1", "--skip-ceilings", "--cases", "n8", "--against", "slow"]
+    assert main([str(path), *options, "--json", str(tmp_path / "tiny.json")]) == 1
+    document = json.loads((tmp_path / "tiny.json").read_text(encoding="utf-8"))
+    (row,) = _rows(document, "pyops")
+    assert row["status"] == "wrong"
+    assert "differs from the reference" in row["reason"]
+    assert row["reason"] in capsys.readouterr().out
+    assert document["points"] == []
+
+
+def test_replot(document: dict, tiny: Path, tmp_path: Path) -> None:
+    assert main(["--replot", str(tiny.with_suffix(".json")), "--plot", str(tmp_path / "again.png")]) == 0
+    assert (tmp_path / "again.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    (tmp_path / "old.json").write_text(json.dumps(document | {"schema": "pyops-bench/0"}), encoding="utf-8")
+    assert main(["--replot", str(tmp_path / "old.json")]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no_such_op"], "no op 'no_such_op'; there are:"),
+        (["no_such_file.py"], "there is no file no_such_file.py"),
+        (["int8_linear", "--against", "nobody"], "no peer 'nobody'; there are: pyops"),
+        (["int8_linear", "--threads", "0"], "--threads must be positive numbers"),
+        (["int8_linear", "--threads", "1,two"], "--threads must be positive numbers"),
+        (["int8_linear", "--cases", "7x7*"], "--cases '7x7*' matches no case of int8_linear"),
+        (["int8_linear", "--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--replot", "no_such.json"], "no_such.json"),
+        (["--frobnicate"], "unrecognized arguments"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu(capsys: pytest.CaptureFixture) -> None:
+    assert main(["int8_linear", "--device", "cuda"]) == 2
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--list"]])
+def test_list(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "4096x4096/M1" in text
+    assert "onnxruntime" in text
+
+
+def test_every_op_is_well_formed() -> None:
+    """Case names are unique, what a case or op names exists, and inputs, oracle and reference fit together."""
+    for name in op_names():
+        op, module = load(name)
+        names = [case.name for case in op.cases]
+        assert op.name == name
+        assert len(set(names)) == len(names)
+        peers = {peer.name for peer in module.PEERS}
+        assert {op.baseline, *(case.ours for case in op.cases)} <= peers
+        assert len(peers) == len(module.PEERS)
+        for peer in module.PEERS:
+            assert peer.runs
+            assert bool(peer.excluded) == (peer.role == "figure")
+        smallest = min(op.cases, key=lambda case: case.ops)
+        inputs = op.make_inputs(smallest, torch.device("cpu"))
+        exact, quantized = op.oracle(inputs).numpy(), op.reference(inputs).numpy()
+        assert report.sqnr_db(quantized, exact) >= op.min_sqnr_db
+
+
+def test_select_takes_prefixes() -> None:
+    _, module = load("int8_linear")
+    names = [peer.name for peer in select(module.PEERS, ["torch", "onnxruntime"])]
+    assert names == ["pyops", "pyops-module", "torch-fp32", "torch-bf16", "torch-fp16", "onnxruntime", "torch-int_mm"]
+
+
+# ---------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def _row(case: str, peer: str, role: str, ms: float, **facts: object) -> dict:
+    common = {"threads": 1, "cache": "warm", "group": "g", "label": case, "counted": True, "status": "ok"}
+    return {"case": case, "peer": peer, "role": role, "median_ms": ms, "ours": "us", "baseline": "b"} | common | facts
+
+
+def test_points_and_summary() -> None:
+    rows = [
+        _row("a", "us", "ours", 1.0),
+        _row("a", "b", "baseline", 8.0),
+        _row("a", "p", "peer", 2.0),
+        _row("a", "kernel", "figure", 0.5),
+        _row("a", "bad", "peer", 0.1, status="wrong"),
+        _row("c", "us", "ours", 4.0),
+        _row("c", "b", "baseline", 2.0),
+        _row("c", "p", "peer", 32.0),
+        _row("overhead", "us", "ours", 1.0, counted=False),
+        _row("overhead", "b", "baseline", 100.0, counted=False),
+    ]
+    report.set_ratios(rows)
+    assert [row.get("ratio") for row in rows[:5]] == [1.0, 8.0, 2.0, 0.5, None]
+    assert [(p["case"], p["best_peer"], p["speedup"]) for p in report.points(rows)] == [
+        ("a", "p", 2.0),
+        ("c", "b", 0.5),
+        ("overhead", "b", 100.0),
+    ]
+    (part,) = report.summarize(rows).values()
+    assert part["points"] == 2
+    assert part["geomean"] == pytest.approx(1.0)
+    assert part["worst"] == {"case": "c", "threads": 1, "cache": "warm", "best_peer": "b", "speedup": 0.5}
+    assert part["geomean_over_baseline"] == pytest.approx(2.0)
+    assert part["slower_than_baseline"] == ["c 1T warm"]
+    assert part["geomean_over_peer"] == pytest.approx({"b": 2.0, "p": 4.0, "kernel": 0.5})
+
+
+def test_geomean_and_statistics() -> None:
+    assert report.geomean([1.0, 4.0, 16.0]) == pytest.approx(4.0)
+    assert report.geomean([]) is None
+    stats = report.statistics([float(v) for v in range(101)])
+    assert (stats["p20_ms"], stats["median_ms"], stats["p80_ms"], stats["samples"]) == (20, 50, 80, 101)
+    assert report.spread([1.0] * 10 + [2.0] * 10) == 2.0
+
+
+def test_sqnr() -> None:
+    oracle = np.ones(100, np.float32)
+    assert report.sqnr_db(oracle * 1.1, oracle) == pytest.approx(20, abs=1e-3)
+    assert report.sqnr_db(oracle, oracle) == math.inf
+    assert report.sqnr_db(oracle * np.nan, oracle) == -math.inf
+    assert report.sqnr_db(oracle[:99], oracle) == -math.inf
+
+
+def test_roof() -> None:
+    known = {"int8_gops": 1000.0, "read_gbs": {"1000": 100.0, "1000000": 10.0}}
+    assert ceilings.roof_ms(known, "int8_gops", ops=2e9, moved=1e6, working_set=1e6) == (2.0, "compute")
+    assert ceilings.roof_ms(known, "int8_gops", ops=0, moved=1e6, working_set=2e6) == (0.1, "memory")
+    assert ceilings.roof_ms(known, "int8_gops", ops=0, moved=1e6, working_set=500) == (0.01, "memory")
+    assert ceilings.roof_ms({}, "int8_gops", 1, 1, 1) is None
+
+
+def test_layers_exceed_the_cache() -> None:
+    assert timing.layers_for(1 << 20, 32 << 20) == 32
+    assert timing.layers_for(1 << 30, 32 << 20) == 2
+    assert timing.layers_for(1, 32 << 20) == timing.MAX_LAYERS
+
+
+def test_cold_samples_go_round() -> None:
+    """Every layer is called as often as every other, give or take one."""
+    counts = [0, 0, 0]
+
+    def layer(i: int):
+        def call() -> None:
+            counts[i] += 1
+
+        return call
+
+    samples = timing.samples_ms([layer(0), layer(1), layer(2)], 1.0, torch.device("cpu"))
+    assert len(samples) >= 2
+    assert max(counts) - min(counts) <= 1
