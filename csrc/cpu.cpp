@@ -81,15 +81,19 @@ void force_isa(const std::string& name) { active().store(int(parse(name))); }
 
 std::vector<std::string> available_isas() { return std::vector<std::string>(kNames, kNames + int(detected_isa()) + 1); }
 
-void advise_huge_pages(const void* data, size_t bytes) {
+void advise_huge_pages(const void* data, size_t bytes, bool filled) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = 2 << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHuge - 1);
-  // Only a hint: where the kernel refuses it, 4 KiB pages serve as well.
-  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (begin >= end) return;
+  // Hints: where the kernel refuses them, 4 KiB pages serve as well. The second makes huge pages of what is there
+  // already, for memory that malloc hands out again.
+  constexpr int kMadvCollapse = 25;  // Linux 6.1; older C libraries do not name it
+  (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (filled) (void)madvise(reinterpret_cast<void*>(begin), end - begin, kMadvCollapse);
 #else
-  (void)data, (void)bytes;
+  (void)data, (void)bytes, (void)filled;
 #endif
 }
 

@@ -26,8 +26,9 @@ void force_isa(const std::string& name);
 // Every ISA that can be forced here, ascending.
 std::vector<std::string> available_isas();
 
-// Ask the kernel for 2 MiB pages under a large read-only buffer: a page walk in every 4 KiB costs a stream 3 %.
-void advise_huge_pages(const void* data, size_t bytes);
+// Ask the kernel for 2 MiB pages under a large buffer, before it is filled or afterwards: the page walks of 4 KiB pages
+// cost a stream 3 to 8 %.
+void advise_huge_pages(const void* data, size_t bytes, bool filled = false);
 
 // Register-only rate of the instruction that `isa` multiplies int8 with, in 10⁹ operations a second, over `threads`
 // threads: the ceiling that benchmarks compare with.

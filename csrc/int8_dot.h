@@ -22,9 +22,6 @@ constexpr int kDotMaxRows = 32;
 
 inline int64_t panel_bytes(int64_t k64) { return kPanelRow + k64 * kPanelStep; }
 
-// How far a kernel that meets each panel once fetches ahead of itself, in bytes.
-constexpr int64_t kStreamAhead = 8192;
-
 // Work of another kind that an AMX kernel does between its steps: the vector units are idle while tiles multiply.
 // `some(self, n)` does n pieces, or what is left; `pieces` is all there is.
 struct Background {
@@ -34,7 +31,7 @@ struct Background {
 };
 
 // The k range [64·begin, 64·end) of a tile. acc [rows][32] is overwritten by the range that begins at 0, else added to;
-// only AMX cuts the range. `ahead`: null to prefetch the panel's own stream, else where the next panel is, of which
+// only AMX cuts the range. `ahead`: null for the panel's own stream, else where the next panel is, of which
 // `ahead_lines` cache lines are fetched into L2 for each 64 k.
 struct DotArgs {
   const int8_t* a;  // the tile's rows, from k = 0
@@ -71,13 +68,23 @@ void int8_dot(const DotArgs& d) {
 
 #if defined(__x86_64__)
 
+// For a kernel that meets each panel once, at every 64 k. The hardware fetches the stream, but stops at the end of each
+// 4 KiB page: the first lines of the next page restart it. (Fetching every line by software is slower: the requests
+// compete with the loads for the same 16 line buffers.)
+PYOPS_INLINE void prefetch_stream(const int8_t* b) {
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t at = reinterpret_cast<uintptr_t>(b);
+  if (at % kPage >= kPanelStep) return;
+  const char* next = reinterpret_cast<const char*>(at / kPage * kPage + kPage);
+  for (int i = 0; i < 4; i++) _mm_prefetch(next + i * 64, _MM_HINT_T1);
+}
+
 PYOPS_INLINE void prefetch_ahead(const DotArgs& d, int64_t step, const int8_t* b) {
   if (d.ahead) {
     const char* p = reinterpret_cast<const char*>(d.ahead) + step * d.ahead_lines * 64;
     for (int i = 0; i < d.ahead_lines; i++) _mm_prefetch(p + i * 64, _MM_HINT_T1);
   } else {
-    for (int i = 0; i < kPanelStep; i += 64)
-      _mm_prefetch(reinterpret_cast<const char*>(b) + kStreamAhead + i, _MM_HINT_T0);
+    prefetch_stream(b);
   }
 }
 
@@ -201,15 +208,16 @@ inline void int8_dot<1>(const DotArgs& d) {
   acc[0][1] = _mm512_loadu_si512(d.panel + 64);
   const int8_t* a = d.a;
   const int8_t* b = d.panel + kPanelRow;
-  for (int64_t step = 0; step < d.end * 4; step++, a += 16, b += 4 * kPanelRow) {
+  for (int64_t step = 0; step < d.end; step++) {
+    prefetch_stream(b);
+    for (int k = 0; k < 16; k += 4, a += 16, b += 4 * kPanelRow) {
 #pragma GCC unroll 4
-    for (int u = 0; u < 4; u++) {
-      const __m512i v = _mm512_set1_epi32(quad(a + u * 4));
-      const int8_t* w = b + u * kPanelRow;
-      _mm_prefetch(reinterpret_cast<const char*>(w) + kStreamAhead, _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(w) + kStreamAhead + 64, _MM_HINT_T0);
-      acc[u][0] = _mm512_dpbusd_epi32(acc[u][0], v, _mm512_loadu_si512(w));
-      acc[u][1] = _mm512_dpbusd_epi32(acc[u][1], v, _mm512_loadu_si512(w + 64));
+      for (int u = 0; u < 4; u++) {
+        const __m512i v = _mm512_set1_epi32(quad(a + u * 4));
+        const int8_t* w = b + u * kPanelRow;
+        acc[u][0] = _mm512_dpbusd_epi32(acc[u][0], v, _mm512_loadu_si512(w));
+        acc[u][1] = _mm512_dpbusd_epi32(acc[u][1], v, _mm512_loadu_si512(w + 64));
+      }
     }
   }
   for (int j = 0; j < 2; j++) {

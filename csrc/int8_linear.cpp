@@ -331,9 +331,10 @@ class Int8Linear {
   };
   Walk walk_of(int64_t tiles) const {
     const int share = static_cast<int>((kPanelStep / 64 + tiles - 1) / tiles);
-    if (!kernels.tiles) return {std::max<int64_t>(k64, 1), tiles == 1, share};
-    // AMX is fed by the hardware's own prefetch until several tiles share the work of fetching.
-    if (tiles == 1) return {std::max<int64_t>(k64, 1), false, 0};
+    const int64_t whole = std::max<int64_t>(k64, 1);
+    if (!kernels.tiles) return {whole, tiles == 1, share};
+    // Two or three AMX tiles are fed best by the hardware's own prefetch; more of them share the work of fetching.
+    if (tiles == 1) return {whole, true, 0};
     if (tiles < 4) return {kAmxSteps / 2, false, 0};
     return {kAmxSteps, false, share};
   }

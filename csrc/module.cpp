@@ -21,8 +21,11 @@ PYBIND11_MODULE(_C, m) {
         py::call_guard<py::gil_scoped_release>(), "Memory read bandwidth, 10^9 bytes a second");
   m.def(
       "advise_huge_pages",
-      [](uintptr_t data, size_t bytes) { pyops::advise_huge_pages(reinterpret_cast<const void*>(data), bytes); },
-      py::arg("data"), py::arg("bytes"), "Ask for 2 MiB pages under a buffer that will be streamed");
+      [](uintptr_t data, size_t bytes, bool filled) {
+        pyops::advise_huge_pages(reinterpret_cast<const void*>(data), bytes, filled);
+      },
+      py::arg("data"), py::arg("bytes"), py::arg("filled"),
+      "Ask for 2 MiB pages under a buffer that will be streamed, filled already or not");
   m.def("build_info", [] {
     py::dict info;
     info["compiler"] = __VERSION__;

@@ -121,11 +121,16 @@ def pack_int8(q_w: torch.Tensor) -> torch.Tensor:
     padded = q_w.new_zeros(panels * PANEL_N, k4 * 4)
     padded[:N, :K] = q_w
     packed = q_w.new_empty(packed_shape(N, K))
-    if backend.native is not None and packed.device.type == "cpu" and type(packed) is torch.Tensor:  # not a fake one
-        backend.native.advise_huge_pages(packed.data_ptr(), packed.numel())
+    _advise_huge_pages(packed, filled=False)
     packed[:, 0] = (-128 * padded.sum(dim=1, dtype=torch.int32)).view(torch.int8).view(panels, PANEL_N * 4)
     packed[:, 1:].view(panels, k4, PANEL_N, 4).copy_(padded.view(panels, PANEL_N, k4, 4).transpose(1, 2))
+    _advise_huge_pages(packed, filled=True)
     return packed
+
+
+def _advise_huge_pages(packed: torch.Tensor, filled: bool) -> None:
+    if backend.native is not None and packed.device.type == "cpu" and type(packed) is torch.Tensor:  # not a fake one
+        backend.native.advise_huge_pages(packed.data_ptr(), packed.numel(), filled)
 
 
 def unpack_int8(packed: torch.Tensor, N: int, K: int) -> torch.Tensor:
