@@ -101,7 +101,8 @@ def _here(device: str, threads: int, quick: bool, sizes: list[int]) -> dict[str,
     result["read_gbs"] = {}
     for nbytes in sizes:
         if native_read:
-            gbs = max(float(backend.native.read_bandwidth_gbs(nbytes, threads)) for _ in range(1 if quick else 3))
+            part = max(nbytes, 4096 * threads)  # a page a thread at least
+            gbs = max(float(backend.native.read_bandwidth_gbs(part, threads)) for _ in range(1 if quick else 3))
         else:
             data = torch.ones(max(nbytes // 8, 1), dtype=torch.int64, device=device)
             gbs = nbytes / _best_s(data.sum, seconds / 4, sync) / 1e9

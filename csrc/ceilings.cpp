@@ -112,7 +112,8 @@ double int8_peak_gops(const std::string& isa, int threads) {
 }
 
 double read_bandwidth_gbs(int64_t bytes, int threads) {
-  if (bytes < 4096 || threads < 1) throw std::invalid_argument("bytes must be at least 4096 and threads at least 1");
+  if (threads < 1 || bytes < 4096 * int64_t(threads))
+    throw std::invalid_argument("threads must be at least 1 and bytes at least 4096 a thread");
   const int64_t part = bytes / threads / 4096 * 4096, total = (part * threads + (2 << 20)) & ~int64_t((2 << 20) - 1);
   struct Free {
     void operator()(int8_t* p) const { std::free(p); }
