@@ -94,7 +94,9 @@ def _here(device: str, threads: int, quick: bool, sizes: list[int]) -> dict[str,
             except ValueError:
                 continue  # an instruction set whose peak nobody needs: it has no int8 dot product
     result["int8_isa_gops"] = isas
-    result["int8_gops"] = max(isas.values(), default=None)
+    # The ceiling of the instruction set in use: PYOPS_CPU_ISA may have lowered it.
+    in_use = backend.native.cpu_isa() if isas else None
+    result["int8_gops"] = isas.get(in_use, max(isas.values(), default=None))
 
     native_read = device == "cpu" and hasattr(backend.native, "read_bandwidth_gbs")
     result["read_method"] = "pyops._C.read_bandwidth_gbs" if native_read else "torch.sum of int64"
