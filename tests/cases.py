@@ -97,3 +97,7 @@ def _int8_linear_samples(requires_grad: bool) -> list[tuple]:
 
 OP_SAMPLES: dict[str, Callable[[bool], list[tuple]]] = {"int8_linear": _int8_linear_samples}
 """For each op: positional arguments to call it with. A new op has to appear here."""
+
+# (M, N, K) that a CPU matmul cuts: two blocks of rows; more blocks than a wave holds; K in slices of 1024 and a rest;
+# results of 4 MiB and more in whole cache lines and not.
+BLOCKED = [(700, 64, 2048), (9000, 48, 70), (1040, 1040, 640), (600, 40, 40000), (520, 2064, 1100)]

@@ -142,8 +142,8 @@ def test_canonical_and_packed_weight_give_the_same_bits(isa):
 @pytest.mark.parametrize("activation", cases.ACTIVATION_NAMES)
 def test_activations_at_their_ends(isa, activation):
     """Large, tiny and zero arguments: exact limits, no NaN from an overflowing exp."""
-    z = torch.tensor([0.0, 1e-30, 1e-6, 0.1, 1, 3, 6, 10, 20, 88, 89, 100, 1e4, 1e20, 1e30])
-    z = torch.cat([z, -z])
+    z = torch.tensor([0.0, 1e-30, 1e-6, 0.1, 1, 3, 6, 10, 20, 88, 89, 100, 1e4, 1e20, 1e30, 1e37])
+    z = torch.cat([z, -z, torch.linspace(-95, 95, 9001)])  # the sweep meets every rounding of an exponent
     zero = torch.zeros(len(z), 1, dtype=torch.int8)
     y = ops.int8_linear(torch.ones(1, 1), zero, torch.ones(len(z)), z, activation=activation)[0]
     exact = ACTIVATIONS[activation](z.double())
@@ -153,6 +153,17 @@ def test_activations_at_their_ends(isa, activation):
     assert ((y.double() - exact).abs() <= allowed + 1e-6 * exact.abs() + 1e-8).all(), (
         y.double() - exact
     ).abs() - allowed
+
+
+@pytest.mark.parametrize(("M", "N", "K"), cases.BLOCKED)
+def test_blocks_waves_and_streaming_stores(isa, M, N, K):
+    """Shapes that are cut: several blocks and waves of rows, K in slices, results stored past the caches."""
+    if isa == "generic" and M * N * K > 1e9:
+        pytest.skip("nothing of its own there, and slow")
+    x, q_w, bias = randint(-127, 127, M, K), randint(-128, 127, N, K), randn(N, seed=1)
+    exact = (x.double() @ q_w.double().T) * 2.0**-12  # powers of two: the only rounding is that of the epilogue
+    y = ops.int8_linear(x.float(), ops.pack_int8(q_w), torch.full((N,), 2.0**-12), bias, x_scale=1.0)
+    assert ((y - (exact + bias)).abs() <= 2.0**-22 * (exact.abs() + bias.abs())).all()
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
