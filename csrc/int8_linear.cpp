@@ -415,6 +415,10 @@ class Int8Linear {
 
 Tensor int8_linear_cpu(Tensor x, Tensor weight, Tensor w_scale, std::optional<Tensor> bias,
                        std::optional<Tensor> residual, Activation activation, std::optional<Tensor> x_scale) {
+  for (const auto& t : {&bias, &residual, &x_scale})
+    STD_TORCH_CHECK(!*t || (*t)->is_cpu(), "int8_linear: all tensors must be on the CPU, as x is");
+  STD_TORCH_CHECK(x.is_cpu() && weight.is_cpu() && w_scale.is_cpu(),
+                  "int8_linear: x, weight and w_scale must be on the CPU");
   Problem p{};
   const int64_t dim = x.dim();
   STD_TORCH_CHECK(dim >= 1, "int8_linear: x must be [..., K]");

@@ -78,6 +78,8 @@ def linear_refusal(linear: nn.Linear) -> str | None:
     if own:
         return f"holds more than a weight and a bias: {', '.join(sorted(own))}"
     weight, bias = effective(linear, "weight"), effective(linear, "bias")
+    if weight is None:
+        return "has no weight"
     if type(weight) not in (torch.Tensor, nn.Parameter, torch._subclasses.FakeTensor):
         return f"its weight is a {type(weight).__name__}"
     if weight.dtype not in FLOAT_DTYPES or (bias is not None and bias.dtype not in FLOAT_DTYPES):
@@ -172,7 +174,7 @@ def _row(module: nn.Module, found: list[str]) -> Row:
     kind = cls.__bases__[0] if nn.utils.parametrize.is_parametrized(module) else cls
     lazy = isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
     weight, bias = (None, None) if lazy else (effective(module, "weight"), effective(module, "bias"))
-    shape = () if lazy else tuple(weight.shape)
+    shape = () if weight is None else tuple(weight.shape)
     size = _nbytes([weight, bias])
     return Row(found[0], kind.__name__, UNCHANGED, "", shape, size, size)
 

@@ -59,6 +59,10 @@ BAD = {
     "activation is None": (ValueError, r"activation=None", {"activation": None}),
     "x_scale of two": (ValueError, r"x_scale has 2 elements; expected 1 or 3", {"x_scale": torch.ones(2)}),
     "x_scale is int": (TypeError, r"x_scale has dtype torch\.int64", {"x_scale": torch.tensor(1)}),
+    "x_scale is zero": (ValueError, r"x_scale is 0\.0; it must be finite", {"x_scale": 0.0}),
+    "x_scale is negative": (ValueError, r"x_scale is -1\.0", {"x_scale": torch.tensor([1.0, -1.0, 1.0])}),
+    "x_scale is NaN": (ValueError, r"x_scale is nan", {"x_scale": float("nan")}),
+    "x is a list beside a number": (TypeError, r"x must be a tensor", {"x": [1.0], "x_scale": 1.0}),
     "x_scale is text": (TypeError, r"x_scale must be a tensor, got str", {"x_scale": "1"}),
     "K would overflow": (
         ValueError,
@@ -104,3 +108,15 @@ def test_the_kernel_checks_too():
     for arguments in ((x, q_w[:, :6], w_scale), (x, q_w, w_scale.double()), (x.double(), q_w, w_scale)):
         with pytest.raises(RuntimeError, match="int8_linear"):
             torch.ops.pyops.int8_linear(*arguments)
+
+
+def test_unpack_refuses_another_shape():
+    with pytest.raises(ValueError, match=r"packed is \(2, 33, 128\); N=40 and K=500 need"):
+        ops.unpack_int8(ops.pack_int8(torch.ones(33, 70, dtype=torch.int8)), 40, 500)
+
+
+def test_kernel_refuses_tensors_of_other_devices():
+    """The op itself, past the checks of the public function: no pointer of another device reaches a kernel."""
+    x, q_w, w_scale = problem(3, 5, 7)
+    with pytest.raises(RuntimeError):
+        torch.ops.pyops.int8_linear(x, q_w, w_scale, torch.ones(5, device="meta")).sum().item()

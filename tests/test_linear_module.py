@@ -272,6 +272,17 @@ def test_deepcopy_is_independent():
     assert same(layer.state_dict(), before)
 
 
+def test_copy_and_pickle_of_a_compiled_layer():
+    layer, x = Int8Linear(8, 4), torch.randn(2, 8)
+    layer.compile(backend="eager")
+    y = layer(x)
+    new = copy.deepcopy(layer)
+    with torch.no_grad():
+        new.bias += 100
+        assert torch.allclose(new(x), y + 100)
+        assert torch.equal(pickle.loads(pickle.dumps(layer))(x), y)
+
+
 def test_pickle_is_canonical(monkeypatch):
     layer = make()
     data = pickle.dumps(layer)

@@ -172,12 +172,12 @@ class Int8Linear(nn.Module):
         # Same process, same kernels: the packed form is copied as it is, not through __getstate__.
         new = self.__new__(type(self))
         memo[id(self)] = new
-        new.__dict__ = copy.deepcopy(self.__dict__, memo)
+        new.__dict__ = copy.deepcopy(super().__getstate__(), memo)  # without what .compile() made for this one
         return new
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickle is canonical: the machine that loads it may want another form.
-        return {**self.__dict__, "_buffers": {**self._buffers, "_weight": self.weight}}
+        return {**super().__getstate__(), "_buffers": {**self._buffers, "_weight": self.weight}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

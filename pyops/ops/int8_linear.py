@@ -103,7 +103,7 @@ def quantize_int8(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if w.dim() != 2:
         raise ValueError(f"w must be [N, K], got shape {tuple(w.shape)}")
     q, scale = quantize_rows_ref(w.detach())
-    if not torch.compiler.is_compiling() and not w.is_meta and not bool(scale.isfinite().all()):
+    if _has_values(scale) and not bool(scale.isfinite().all()):
         raise ValueError("w holds NaN or Inf and cannot be quantized")
     return q, scale
 
@@ -129,12 +129,19 @@ def pack_int8(q_w: torch.Tensor) -> torch.Tensor:
 
 
 def _advise_huge_pages(packed: torch.Tensor, filled: bool) -> None:
-    if backend.native is not None and packed.device.type == "cpu" and type(packed) is torch.Tensor:  # not a fake one
+    if backend.native is not None and packed.device.type == "cpu" and _has_values(packed):
         backend.native.advise_huge_pages(packed.data_ptr(), packed.numel(), filled)
 
 
+def _has_values(t: torch.Tensor) -> bool:
+    """False while tracing, and for fake and meta tensors."""
+    return type(t) is torch.Tensor and not t.is_meta and not torch.compiler.is_compiling()
+
+
 def unpack_int8(packed: torch.Tensor, N: int, K: int) -> torch.Tensor:
-    """The canonical q_w [N, K] of `pack_int8`."""
+    """The canonical q_w [N, K] of `pack_int8`. Raises ValueError if `packed` has not the shape of such a weight."""
+    if packed.shape != packed_shape(N, K):
+        raise ValueError(f"packed is {tuple(packed.shape)}; N={N} and K={K} need {packed_shape(N, K)}")
     panels, k4 = packed.shape[0], packed.shape[1] - 1
     body = packed[:, 1:].view(panels, k4, PANEL_N, 4).permute(0, 2, 1, 3).reshape(panels * PANEL_N, k4 * 4)
     return body[:N, :K].contiguous()
@@ -220,7 +227,7 @@ def int8_linear(
     Raises:
         TypeError, ValueError: naming the argument, what it was and what is allowed.
     """
-    if isinstance(x_scale, (int, float)) and not isinstance(x_scale, bool):
+    if isinstance(x, torch.Tensor) and isinstance(x_scale, (int, float)) and not isinstance(x_scale, bool):
         x_scale = torch.full((), x_scale, dtype=torch.float32, device=x.device)
     check_args(x, w_q, w_scale, bias, residual, activation, x_scale)
     return dispatch(x, w_q, w_scale, bias, residual, activation, x_scale)
@@ -307,3 +314,8 @@ def check_args(x, w_q, w_scale, bias, residual, activation, x_scale) -> None:
     check_activation(activation)
     if x_scale is not None and x_scale.numel() not in (1, math.prod(x.shape[:-1])):
         raise ValueError(f"x_scale has {x_scale.numel()} elements; expected 1 or {math.prod(x.shape[:-1])}, one a row")
+    # Not on other devices, where looking would wait for them.
+    if x_scale is not None and x_scale.device.type == "cpu" and _has_values(x_scale):
+        bad = ~(x_scale.isfinite() & (x_scale >= SMALLEST_AMAX))
+        if bool(bad.any()):
+            raise ValueError(f"x_scale is {x_scale[bad][0].item()}; it must be finite and at least 2**-119")
