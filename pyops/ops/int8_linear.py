@@ -156,6 +156,8 @@ def packed_shape(N: int, K: int) -> tuple[int, int, int]:
 
 
 def _fake(x, weight, w_scale, bias=None, residual=None, activation="none", x_scale=None):
+    for t in (weight, w_scale, bias, residual, x_scale):  # of mixed devices the dispatcher may choose meta: here
+        torch._check(t is None or t.device == x.device, lambda: f"all tensors must be on x's device, {x.device}")
     N, K = w_scale.shape[0], x.shape[-1]
     torch._check(weight.dim() in (2, 3), lambda: f"weight must be [N, K] or packed, got shape {tuple(weight.shape)}")
     if weight.dim() == 2:
