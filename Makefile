@@ -1,7 +1,7 @@
 # Every target works from nothing: it makes .venv, installs what it needs there and builds the extension.
 #
 #   PYTHON=python3.12 make test      another interpreter for the environment
-#   TORCH=torch==2.12.0 make test    another torch
+#   TORCH=torch==2.12.0 make lint    another torch; the tests of Triton want the version pinned with this one
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
@@ -43,8 +43,9 @@ clean: ## remove what the targets made
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade "pip>=23"
 	$(PIP) "$(TORCH)"
-	$(PIP) "setuptools>=77" wheel "pybind11>=2.13" "ninja>=1.11" numpy
+	$(PIP) "setuptools>=77,<82" wheel "pybind11>=2.13" "ninja>=1.11" numpy
 	@touch $@
 
 # Editable, so that the tests run the checkout; --no-build-isolation, so that the build sees the torch that runs.

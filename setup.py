@@ -1,6 +1,7 @@
 """Builds pyops._C: the pybind11 module and the CPU ops in one extension; CUDA sources where nvcc is there.
 
 PYOPS_CUDA=auto|0|1     build csrc/*.cu: if there is an nvcc (auto, the default), never, or fail without one
+PYOPS_NATIVE=auto|1     without a C++ compiler: install without the extension (auto, the default), or fail
 PYOPS_CUDA_ARCH         what to build for, such as 90a or 80;90a (default 80;90a); no device is asked for
 """
 
@@ -9,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 
 import pybind11
 from setuptools import setup
@@ -68,6 +70,7 @@ class BuildExtension(cpp_extension.BuildExtension):
         super().build_extension(ext)
 
 
+compiler = os.environ.get("CXX", "c++").split()[-1]
 if shutil.which("ccache") and shutil.which("ninja") and "CXX" not in os.environ:
     os.environ["CXX"] = "ccache c++"
 
@@ -82,4 +85,8 @@ extension = cpp_extension.CppExtension(
     libraries=["cudart_static", "rt", "dl"] if cuda else [],
     depends=glob.glob("csrc/*.h") + glob.glob("csrc/*.inc"),
 )
-setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})
+if shutil.which(compiler) is None and os.environ.get("PYOPS_NATIVE", "auto") != "1":
+    print(f"WARNING: no C++ compiler ({compiler}): installing the PyTorch reference only", file=sys.stderr)
+    setup()
+else:
+    setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from pyops.bench import case as cases
 from pyops.bench import machine, plot, report
@@ -51,7 +50,7 @@ def run_op(spec: str, args: argparse.Namespace) -> dict[str, Any]:
         ],
     }
     rows: list[report.Row] = []
-    progress = tqdm(total=len(chosen) * len(args.threads), desc=op.name, unit="case", file=sys.stderr, disable=None)
+    progress = _progress(len(chosen) * len(args.threads), op.name)
     for threads in args.threads:
         runner = Runner(op, spec, chosen, kinds, threads, args)
         document["ceilings"][str(threads)] = runner.ceilings
@@ -148,6 +147,26 @@ def _default_json(document: dict[str, Any]) -> Path:
     return folder / f"{document['op']}-{machine.slug(document['machine'])}{quick}.json"
 
 
+def _progress(total: int, title: str) -> Any:
+    """A tqdm bar, or a stand-in that shows nothing where tqdm is not installed."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        return _NoProgress()
+    return tqdm(total=total, desc=title, unit="case", file=sys.stderr, disable=None)
+
+
+class _NoProgress:
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
+
+    def __enter__(self) -> _NoProgress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; 0 if ours is right everywhere, 1 if not, 2 for a bad argument."""
     try:
@@ -172,7 +191,11 @@ def main(argv: list[str] | None = None) -> int:
         path = args.json or _default_json(document)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        print(f"\n{report.summary_text(document)}\n\n{path}\n{plot.replot(path, args.plot)}")
+        print(f"\n{report.summary_text(document)}\n\n{path}")
+        try:
+            print(plot.replot(path, args.plot))
+        except ModuleNotFoundError as error:
+            print(f"no plot: {error}; pip install matplotlib, then --replot {path}")
         print(f"{time.monotonic() - began:.0f} s", file=sys.stderr)
         failed |= any(r["role"] == "ours" and r["status"] in ("wrong", "error") for r in document["rows"])
     return int(failed)

@@ -28,7 +28,11 @@ PYBIND11_MODULE(_C, m) {
       "Ask for 2 MiB pages under a buffer that will be streamed, filled already or not");
   m.def("build_info", [] {
     py::dict info;
-    info["compiler"] = __VERSION__;
+#if defined(__clang__)
+    info["compiler"] = "Clang " __clang_version__;
+#else
+    info["compiler"] = "GCC " __VERSION__;
+#endif
     info["torch_target"] = "2.11";
 #ifdef PYOPS_CUDA
     info["cuda"] = true;

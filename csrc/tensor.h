@@ -18,10 +18,14 @@ using torch::stable::Tensor;
 inline Tensor empty_cpu(const int64_t* sizes, int64_t dim, ScalarType dtype) {
   int64_t strides[64];
   STD_TORCH_CHECK(dim <= 64, "a tensor has at most 64 dimensions");
-  for (int64_t i = dim - 1, s = 1; i >= 0; s *= sizes[i--] > 0 ? sizes[i + 1] : 1) strides[i] = s;
+  int64_t stride = 1;
+  for (int64_t i = dim - 1; i >= 0; i--) {
+    strides[i] = stride;
+    stride *= sizes[i] > 0 ? sizes[i] : 1;
+  }
   AtenTensorHandle handle;
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dim, sizes, strides, type, aoti_torch_device_type_cpu(), -1, &handle));
   return Tensor(handle);
 }
@@ -38,7 +42,7 @@ struct ToImpl<pyops::Activation> {
   static pyops::Activation call(StableIValue value, uint64_t, bool) {
     const StringHandle handle = to<StringHandle>(value);
     const char* name;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &name));
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &name));
     struct Release {
       StringHandle handle;
       ~Release() { torch_delete_string(handle); }

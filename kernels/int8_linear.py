@@ -72,9 +72,9 @@ def _prune(configs: list[triton.Config], named_args: dict, **kwargs) -> list[tri
     """The configs worth timing on these sizes.
 
     Their row tile is no taller than M rounded up to a power of two, and at least half of it (128 rows serve any larger
-    M); their stages fit in shared memory (Ampere keeps one stage less there than counted here); where the rows of y do
-    not start on 16 elements, no thread holds more than 64
-    accumulators: one store for each element needs so many addresses that a larger tile spills.
+    M); their stages fit in shared memory (Ampere keeps one stage less there than counted here); where the rows
+    of y do not start on 16 elements, no thread holds more than 64 accumulators: one store for each element needs so
+    many addresses that a larger tile spills.
     """
     _, shared_bytes = _device_limits(named_args["q_ptr"].device.index)
     rows = min(max(named_args["M_BUCKET"], 16), 128)
@@ -291,7 +291,7 @@ def _int8_linear_kernel(
     k_end = tl.minimum(k_begin + span, K)
 
     # Rows beyond the edge read the last row again: that needs no mask, and their results are not stored. The tile's
-    # base is a 64-bit scalar; within a tile, 256 rows of at most 133 144 bytes stay below 2³¹.
+    # base is a 64-bit scalar; within a tile, 256 rows of at most 132 112 bytes stay below 2³¹.
     tile_m = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_m)
     tile_n = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_n)
     offs_k = tl.arange(0, BLOCK_K)

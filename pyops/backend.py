@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import warnings
 from types import ModuleType
 
 CHOICES = ("ref", "cpp", "triton", "cuda")
@@ -35,6 +36,8 @@ def _load_native() -> None:
         _C = importlib.import_module("pyops._C")
     except ImportError as error:
         native_missing = f"the compiled extension did not load: {error}"
+        if not isinstance(error, ModuleNotFoundError):  # it is there and broken: a torch of another build, say
+            warnings.warn(f"pyops runs on its slow reference: {native_missing}", stacklevel=2)
         if forced is not None:
             raise ImportError(f"PYOPS_BACKEND={forced}, but {native_missing}. {HOW_TO_BUILD}") from error
         return
@@ -45,7 +48,7 @@ def _load_native() -> None:
 
 
 HOW_TO_BUILD = "Build it with a C++17 compiler: pip install --no-build-isolation -e . (in the checkout)"
-HOW_TO_BUILD_CUDA = "Build with nvcc on the PATH and PYOPS_CUDA=1"
+HOW_TO_BUILD_CUDA = "No op has CUDA C++ kernels yet; Triton serves CUDA tensors"
 
 
 def triton_installed() -> bool:

@@ -219,7 +219,12 @@ def _ties(model: nn.Module) -> dict[int, list[str]]:
 
 def _facts(row: Row, module: nn.Module, found: list[str], ties: dict[int, list[str]]) -> list[str]:
     facts = [row.reason] if row.reason else []
-    facts.append(f"{row.bytes_before / row.bytes_after:.1f}x smaller" if row.bytes_after else "empty")
+    if not row.bytes_after:
+        facts.append("empty")
+    elif row.bytes_after <= row.bytes_before:
+        facts.append(f"{row.bytes_before / row.bytes_after:.1f}x smaller")
+    else:
+        facts.append(f"{row.bytes_after / row.bytes_before:.1f}x larger")
     if len(found) > 1:
         facts.append(f"the same layer as {', '.join(found[1:])}")
     made = origin(module)
@@ -228,7 +233,7 @@ def _facts(row: Row, module: nn.Module, found: list[str], ties: dict[int, list[s
     own = {f"{name}.weight" for name in found}
     others = [name for name in ties.get(id(module._parameters.get("weight")), []) if name not in own]
     if others:
-        facts.append(f"its weight was tied to {', '.join(others)}: the tie is cut")
+        facts.append(f"its weight was tied to {', '.join(others)}: the tie is cut, and that one stays")
     dropped = [key for key in module._buffers if not _baked(module, key)]
     if dropped:
         facts.append(f"buffers dropped: {', '.join(dropped)}")

@@ -169,21 +169,24 @@ def _fake(x, weight, w_scale, bias=None, residual=None, activation="none", x_sca
 def _setup_context(ctx, inputs, output):
     x, weight, w_scale, bias, residual, ctx.activation, x_scale = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.K, ctx.x_dtype = x.shape[-1], x.dtype
     curved = ctx.activation != "none"
-    ctx.save_for_backward(x, weight, w_scale, bias if curved else None, residual if curved else None, x_scale)
+    needs_x = curved or x_scale is not None
+    saved = (x if needs_x else None, bias if curved else None, residual if curved else None)
+    ctx.save_for_backward(weight, w_scale, x_scale, *saved)
 
 
 def _backward(ctx, grad):
     """Straight through the rounding: dx = dz · (q_w · s_w), zero where a static scale clamped; weights are frozen."""
-    x, weight, w_scale, bias, residual, x_scale = ctx.saved_tensors
-    N, K = w_scale.shape[0], x.shape[-1]
+    weight, w_scale, x_scale, x, bias, residual = ctx.saved_tensors
+    N, K, dtype = w_scale.shape[0], ctx.K, ctx.x_dtype
     z = grad if ctx.activation == "none" else _op(x, weight, w_scale, bias, residual, "none", x_scale)
     dz = activation_backward(grad, z, ctx.activation)  # [..., N] fp32
     dx = dbias = dresidual = None
     needs = (*ctx.needs_input_grad, False, False, False, False)  # the dispatcher leaves trailing defaults out
     if needs[0]:
         q_w = weight if weight.dim() == 2 else unpack_int8(weight, N, K)
-        dx = ((dz * w_scale).to(x.dtype) @ q_w.to(x.dtype)).to(x.dtype)
+        dx = (dz * w_scale).to(dtype) @ q_w.to(dtype)
         if x_scale is not None:
             limit = (QMAX + 0.5) * (x_scale if x_scale.numel() == 1 else x_scale.reshape(*x.shape[:-1], 1))
             dx = torch.where(x.abs() <= limit, dx, 0.0)
@@ -245,7 +248,7 @@ class _Function(torch.autograd.Function):
         _setup_context(ctx, args, y)
         return y
 
-    backward = staticmethod(_backward)
+    backward = staticmethod(torch.autograd.function.once_differentiable(_backward))
 
 
 def dispatch(x, weight, w_scale, bias, residual, activation, x_scale):

@@ -47,14 +47,12 @@ def _register_devices(name: str, triton: bool) -> None:
     if triton and backend.triton_installed() and backend.forced in (None, "triton"):
         launch = _lazy_launcher(name)
         library.impl(name, launch, "CUDA")
-        if backend.forced == "triton":
-            interpreted = backend.triton_interpreted()
-            library.impl(name, launch if interpreted else _refuse(name, "cpu"), "CPU")
-    elif backend.forced == "cpp":
-        library.impl(name, _refuse(name, "cuda"), "CUDA")
-    elif backend.forced == "cuda":
+        if backend.forced == "triton" and backend.triton_interpreted():
+            library.impl(name, launch, "CPU")
+    if backend.forced in ("cpp", "triton", "cuda"):
         for key in ("CPU", "CUDA"):
-            library.impl(name, _refuse(name, key.lower()), key)
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"pyops::{name}", key):
+                library.impl(name, _refuse(name, key.lower()), key)
 
 
 def _lazy_launcher(name: str) -> Callable:
