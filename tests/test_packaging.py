@@ -30,8 +30,8 @@ except ModuleNotFoundError:
 """
 
 
-def run(*command, cwd):
-    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True)
+def run(*command, cwd, env=None):
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -49,20 +49,34 @@ def distributions(tmp_path_factory):
     return {"sdist": sdist, "wheel": wheel}
 
 
-@pytest.mark.parametrize("kind", ["wheel", "sdist"])
-def test_installs_and_runs_outside_the_checkout(kind, distributions, tmp_path):
+def install(distribution, tmp_path, env=None):
+    """The python of a new environment that holds the distribution and borrows torch from this one."""
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "env", cwd=tmp_path)
     python = tmp_path / "env/bin/python"
-    # torch is borrowed from this environment; a path file inside a path file is not followed, so that an editable
-    # install of the checkout stays out.
-    purelib = pathlib.Path(
-        run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
-    )
-    (purelib / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    install = ("-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-build-isolation")
-    run(sys.executable, *install, distributions[kind], cwd=tmp_path)
+    # A path file inside a path file is not followed, so that an editable install of the checkout stays out.
+    purelib = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip()
+    (pathlib.Path(purelib) / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-build-isolation")
+    run(*pip, distribution, cwd=tmp_path, env=env)
+    return python
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_installs_and_runs_outside_the_checkout(kind, distributions, tmp_path):
+    python = install(distributions[kind], tmp_path)
     assert run(python, "-c", USE.format(root=str(ROOT)), cwd=tmp_path).strip() == "ok"
     assert run(python, "-m", "pyops", "info", cwd=tmp_path)
+
+
+def test_installs_without_a_compiler(distributions, tmp_path):
+    """From the sdist, with nothing on the PATH: the reference is installed, and says why it is alone."""
+    python = install(distributions["sdist"], tmp_path, env={"PATH": str(tmp_path), "HOME": str(tmp_path)})
+    code = (
+        "import torch, pyops; from pyops import backend;"
+        "w_q, s = pyops.ops.quantize_int8(torch.randn(5, 7)); pyops.ops.int8_linear(torch.randn(2, 7), w_q, s);"
+        "print(backend.native, 'pyops._C' in backend.native_missing)"
+    )
+    assert run(python, "-c", code, cwd=tmp_path).strip() == "None True"
 
 
 def test_wheel_holds_every_layer_of_an_op_and_nothing_else(distributions):
