@@ -17,7 +17,7 @@ from setuptools import setup
 from torch.utils import cpp_extension
 
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of torch 2.11: one build serves every later torch
-WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-maybe-uninitialized"]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-psabi"]
 
 
 def cuda_sources() -> list[str]:

@@ -91,6 +91,58 @@ void read_generic(const int8_t* p, int64_t bytes) {
   for (auto& v : s) __asm__ volatile("" ::"r"(v));
 }
 
+constexpr int kMaxStreams = 8, kUpdateStep = 64;
+
+struct Streams {
+  const float* read[kMaxStreams];
+  float* update[kMaxStreams];
+  int reads, updates;
+};
+
+// Elements [begin, end): 256 bytes of every array in turn, as an optimizer goes through gradient, parameter and states.
+#define PYOPS_UPDATE(isa)                                                                                            \
+  void update_##isa(const Streams& s, int64_t begin, int64_t end) {                                                  \
+    using namespace isa;                                                                                             \
+    for (int64_t i = begin; i < end; i += kUpdateStep) {                                                             \
+      Vec sum[kUpdateStep / Vec::kLanes];                                                                            \
+      for (auto& v : sum) v = set1(0.0f);                                                                            \
+      for (int r = 0; r < s.reads; r++)                                                                              \
+        for (int j = 0; j < kUpdateStep / Vec::kLanes; j++) sum[j] = sum[j] + load(s.read[r] + i + j * Vec::kLanes); \
+      for (int u = 0; u < s.updates; u++)                                                                            \
+        for (int j = 0; j < kUpdateStep / Vec::kLanes; j++) {                                                        \
+          float* p = s.update[u] + i + j * Vec::kLanes;                                                              \
+          store(p, sum[j] + load(p));                                                                                \
+        }                                                                                                            \
+    }                                                                                                                \
+  }
+
+PYOPS_UPDATE(generic)
+#if defined(__x86_64__)
+PYOPS_TARGET_BEGIN_AVX2
+PYOPS_UPDATE(avx2)
+PYOPS_TARGET_END
+
+PYOPS_TARGET_BEGIN_AVX512
+PYOPS_UPDATE(avx512)
+PYOPS_TARGET_END
+#endif
+#undef PYOPS_UPDATE
+
+struct Free {
+  void operator()(int8_t* p) const { std::free(p); }
+};
+
+// Memory on 2 MiB pages, where the kernel grants them, each byte 1: as floats, normal numbers.
+std::unique_ptr<int8_t[], Free> filled_buffer(int64_t bytes) {
+  constexpr int64_t kHuge = 2 << 20;
+  const int64_t total = (bytes + kHuge) & ~(kHuge - 1);
+  std::unique_ptr<int8_t[], Free> data(static_cast<int8_t*>(std::aligned_alloc(kHuge, total)));
+  if (!data) throw std::bad_alloc();
+  advise_huge_pages(data.get(), total);
+  std::memset(data.get(), 1, total);
+  return data;
+}
+
 }  // namespace
 
 double int8_peak_gops(const std::string& isa, int threads) {
@@ -114,19 +166,37 @@ double int8_peak_gops(const std::string& isa, int threads) {
 double read_bandwidth_gbs(int64_t bytes, int threads) {
   if (threads < 1 || bytes < 4096 * int64_t(threads))
     throw std::invalid_argument("threads must be at least 1 and bytes at least 4096 a thread");
-  const int64_t part = bytes / threads / 4096 * 4096, total = (part * threads + (2 << 20)) & ~int64_t((2 << 20) - 1);
-  struct Free {
-    void operator()(int8_t* p) const { std::free(p); }
-  };
-  std::unique_ptr<int8_t[], Free> data(static_cast<int8_t*>(std::aligned_alloc(2 << 20, total)));
-  if (!data) throw std::bad_alloc();
-  advise_huge_pages(data.get(), total);
-  std::memset(data.get(), 1, total);
+  const int64_t part = bytes / threads / 4096 * 4096;
+  const auto data = filled_buffer(part * threads);
   auto read = &read_generic;
 #if defined(__x86_64__)
   if (detected_isa() >= Isa::avx512) read = &read_avx512;
 #endif
   return part * threads / best_round(threads, 20, [&](int t) { read(data.get() + t * part, part); }) / 1e9;
+}
+
+double update_bandwidth_gbs(int64_t bytes, int threads, int read_streams, int update_streams) {
+  if (read_streams < 0 || read_streams > kMaxStreams || update_streams < 1 || update_streams > kMaxStreams)
+    throw std::invalid_argument("read_streams must be 0 … 8 and update_streams 1 … 8");
+  const int streams = read_streams + update_streams;
+  if (threads < 1 || bytes < 4096 * int64_t(threads) * streams)
+    throw std::invalid_argument("threads must be at least 1 and bytes at least 4096 a thread and stream");
+  const int64_t part = bytes / 4 / streams / threads / kUpdateStep * kUpdateStep;  // elements
+  // Each array begins 17 cache lines further into its page than the one before: equal offsets would contend for the
+  // same sets of the cache, and a load would wait for a store that only looks like its own address.
+  const int64_t stride = (part * threads + 1023) / 1024 * 1024 + 17 * 16;
+  const auto data = filled_buffer(4 * stride * streams);
+  float* const first = reinterpret_cast<float*>(data.get());
+  Streams s{{}, {}, read_streams, update_streams};
+  for (int i = 0; i < read_streams; i++) s.read[i] = first + i * stride;
+  for (int i = 0; i < update_streams; i++) s.update[i] = first + (read_streams + i) * stride;
+  auto update = &update_generic;
+#if defined(__x86_64__)
+  if (detected_isa() >= Isa::avx2) update = &update_avx2;
+  if (detected_isa() >= Isa::avx512) update = &update_avx512;
+#endif
+  const double time = best_round(threads, 20, [&](int t) { update(s, t * part, (t + 1) * part); });
+  return 4.0 * part * threads * (read_streams + 2 * update_streams) / time / 1e9;
 }
 
 }  // namespace pyops

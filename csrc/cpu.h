@@ -37,4 +37,8 @@ double int8_peak_gops(const std::string& isa, int threads);
 // Best of several passes over `bytes` of memory, each thread reading its own part, in 10⁹ bytes a second.
 double read_bandwidth_gbs(int64_t bytes, int threads);
 
+// The same for a pass that reads `read_streams` arrays and updates `update_streams` others in place, `bytes` all
+// together: what an optimizer's step can reach. An updated byte counts twice.
+double update_bandwidth_gbs(int64_t bytes, int threads, int read_streams, int update_streams);
+
 }  // namespace pyops

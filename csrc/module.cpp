@@ -6,6 +6,10 @@
 
 namespace py = pybind11;
 
+namespace pyops::optim {
+void bind(py::module_& m);  // optim_python.cpp
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of pyops: CPU features and build facts; the ops are in torch.ops.pyops";
   m.def(
@@ -19,6 +23,9 @@ PYBIND11_MODULE(_C, m) {
         "Rate of the int8 multiply of an instruction set from registers, 10^9 operations a second");
   m.def("read_bandwidth_gbs", &pyops::read_bandwidth_gbs, py::arg("bytes"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>(), "Memory read bandwidth, 10^9 bytes a second");
+  m.def("update_bandwidth_gbs", &pyops::update_bandwidth_gbs, py::arg("bytes"), py::arg("threads"),
+        py::arg("read_streams"), py::arg("update_streams"), py::call_guard<py::gil_scoped_release>(),
+        "Memory bandwidth, 10^9 bytes a second, of reading some arrays and updating others in place");
   m.def(
       "advise_huge_pages",
       [](uintptr_t data, size_t bytes, bool filled) {
@@ -26,6 +33,7 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("data"), py::arg("bytes"), py::arg("filled"),
       "Ask for 2 MiB pages under a buffer that will be streamed, filled already or not");
+  pyops::optim::bind(m);
   m.def("build_info", [] {
     py::dict info;
 #if defined(__clang__)

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from pyops import backend, ops
+from pyops.ops import optim_codec
 from pyops.ops.epilogue import ACTIVATIONS
+from pyops.ops.optim_rules import RULES
 
 needs_native = pytest.mark.skipif(backend.native is None, reason=f"no compiled kernels: {backend.native_missing}")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -95,7 +97,41 @@ def _int8_linear_samples(requires_grad: bool) -> list[tuple]:
     return samples
 
 
-OP_SAMPLES: dict[str, Callable[[bool], list[tuple]]] = {"int8_linear": _int8_linear_samples}
+def _optim_step_samples(requires_grad: bool) -> list[tuple]:
+    """Every rule on two tensors, plain; Adam also with everything around it. No step is differentiable."""
+    samples = []
+    for name, rule in RULES.items():
+        for full in (False, True) if name == "adam" else (False,):
+            dtype = torch.bfloat16 if full else torch.float32
+            shapes = ((3, 130), (7,))
+            params, grads = ([randn(*shape, dtype=dtype, seed=seed) for shape in shapes] for seed in (0, 1))
+            states, scales = [], []
+            for shape in shapes:
+                for state in rule.states:
+                    codes = torch.uint8 if state in rule.unsigned else torch.int8
+                    states.append(torch.zeros(shape, dtype=codes if full else torch.float32))
+                    scales += [torch.zeros(optim_codec.scale_shape(shape))] if full else []
+            scalars = [torch.ones(()) for _ in shapes for _ in rule.scalars]
+            hyper = [0.01, 0.1, 1.0, 0.0, 0.001 * full, 0.9, *[0.5] * len(rule.hyper)]
+            ema = [p.float() for p in params] if full else []
+            masks = [randn(*shape, seed=2) > 0 for shape in shapes] if full else []
+            more = (torch.tensor(0.02), torch.tensor(0.5), torch.zeros(())) if full else (None, None, None)
+            first = [1, 2] if full else []
+            samples.append(
+                (name, params, grads, states, scalars, hyper, scales, ema, masks, first, *more, full, full, 5, 0)
+            )
+    return samples
+
+
+def _optim_sum_squares_samples(requires_grad: bool) -> list[tuple]:
+    return [([randn(3, 5), randn(7, dtype=torch.bfloat16), torch.empty(0), torch.tensor(2.0)],), ([randn(9).double()],)]
+
+
+OP_SAMPLES: dict[str, Callable[[bool], list[tuple]]] = {
+    "int8_linear": _int8_linear_samples,
+    "optim_step": _optim_step_samples,
+    "optim_sum_squares": _optim_sum_squares_samples,
+}
 """For each op: positional arguments to call it with. A new op has to appear here."""
 
 # (M, N, K) that a CPU matmul cuts: two blocks of rows; more blocks than a wave holds; K in slices of 1024 and a rest;

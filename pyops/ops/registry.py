@@ -26,10 +26,14 @@ def register(
     backward: Callable | None = None,
     setup_context: Callable | None = None,
     triton: bool = False,
+    native: bool = False,
+    file: str | None = None,
 ) -> torch._ops.OpOverload:
     """Define `pyops::<schema>` with its reference, fake kernel and autograd formula; returns the op.
 
-    `triton` says that `pyops.kernels.<op>` has a launcher of the same name and the same arguments.
+    `triton` says that `pyops.kernels.<file>` has a launcher of the op's name and arguments, `native` that
+    `pyops.ops.<file>_native` has one which calls the compiled extension; `file` is the op's name unless given. (Most
+    CPU kernels register themselves when the extension loads. Lists of a thousand tensors are better read in Python.)
     """
     name = schema.split("(", 1)[0]
     qualified = f"pyops::{name}"
@@ -38,14 +42,16 @@ def register(
     torch.library.register_fake(qualified, fake, lib=library)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=library)
-    _register_devices(name, triton)
+    if native and backend.native is not None:
+        library.impl(name, _lazy_launcher(f"pyops.ops.{file or name}_native", name), "CPU")
+    _register_devices(name, triton, file or name)
     names.append(name)
     return getattr(torch.ops.pyops, name).default
 
 
-def _register_devices(name: str, triton: bool) -> None:
+def _register_devices(name: str, triton: bool, file: str) -> None:
     if triton and backend.triton_installed() and backend.forced in (None, "triton"):
-        launch = _lazy_launcher(name)
+        launch = _lazy_launcher(f"pyops.kernels.{file}", name)
         library.impl(name, launch, "CUDA")
         if backend.forced == "triton" and backend.triton_interpreted():
             library.impl(name, launch, "CPU")
@@ -55,13 +61,13 @@ def _register_devices(name: str, triton: bool) -> None:
                 library.impl(name, _refuse(name, key.lower()), key)
 
 
-def _lazy_launcher(name: str) -> Callable:
+def _lazy_launcher(module: str, name: str) -> Callable:
     launcher: Callable | None = None
 
     def launch(*args):
         nonlocal launcher
         if launcher is None:
-            launcher = getattr(importlib.import_module(f"pyops.kernels.{name}"), name)
+            launcher = getattr(importlib.import_module(module), name)
         return launcher(*args)
 
     return launch

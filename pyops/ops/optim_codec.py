@@ -1,0 +1,121 @@
+"""Narrow formats of optimizer state and parameters: 8-bit in blocks, and stochastic rounding.
+
+8-bit state holds one byte an element and one fp32 scale s = max|x| a block of 128 elements, in row-major order within
+each slice along dimension 0 (so that sharding by that dimension cuts no block). A square root compands, so that small
+values keep more of their precision, in signed states (int8) and in those that are never negative (uint8):
+
+    signed     x = s·c·|c|/127²     c ∈ [-127, 127]
+    unsigned   x = s·c²/255²        c ∈ [0, 255]
+
+Both round stochastically, so that the expectation of x is kept and a decay of one part in a thousand a step is not lost
+in rounding; a positive unsigned x never becomes 0, so that no update divides by a root that vanished. A block with NaN
+or Inf gets the scale NaN, one whose largest value is below 10⁻³³ or so the scale 0.
+
+Randomness is a hash of (key, stream, index): the same on every backend, thread count and instruction set, and no memory
+is read for it. `mix` is the finalizer "lowbias32" of Chris Wellons' hash prospector; `random_bits` starts from a Weyl
+sequence, which needs one multiplication less. Two streams share each word of 32 bits. The index counts elements in the
+order of memory if the tensor is dense, else row by row.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+"""Elements that share a scale."""
+MASK32 = 0xFFFFFFFF
+
+
+def mix(x: Tensor | int) -> Tensor | int:
+    """A permutation of 32-bit integers that looks random; int64 tensors in [0, 2³²)."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & MASK32
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & MASK32
+    return x ^ (x >> 16)
+
+
+def word_key(key: int, stream: int) -> int:
+    """32 bits that tell the words of a step apart; `key` is below 2³²."""
+    return mix((key & MASK32) ^ mix(((stream >> 1) + 0x9E3779B9) & MASK32))
+
+
+def random_bits(key: int, stream: int, numel: int, device: torch.device | str = "cpu") -> Tensor:
+    """int64 [numel], each uniform in [0, 2¹⁶): the upper half of its word for an even stream, else the lower."""
+    i = torch.arange(numel, device=device)
+    own: Tensor | int = word_key(key, stream)
+    if numel > MASK32:
+        own = own ^ mix(i >> 32)
+    x = (((i & MASK32) * 0x9E3779B1) + own) & MASK32
+    x = ((x ^ (x >> 15)) * 0x85EBCA77) & MASK32
+    x = x ^ (x >> 16)
+    return x & 0xFFFF if stream & 1 else x >> 16
+
+
+def bits_like(x: Tensor, key: int, stream: int) -> Tensor:
+    """`random_bits` for every element of x, in its shape."""
+    bits = random_bits(key, stream, x.numel(), x.device)
+    order = torch.empty_like(x, dtype=torch.int64)  # keeps the strides of dense tensors, else row-major
+    order.as_strided((x.numel(),), (1,)).copy_(bits)
+    return order
+
+
+def round_to_bf16(x: Tensor, bits: Tensor) -> Tensor:
+    """fp32 → bf16, up with the probability of what is cut off; `bits` of x's shape. NaN and Inf stay."""
+    raw = x.view(torch.int32)
+    rounded = (raw + bits.to(torch.int32)) & -0x10000
+    return torch.where(x.isfinite(), rounded.view(torch.float32), x).to(torch.bfloat16)
+
+
+def scale_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the scales of a state of `shape`: blocks of 1-D states, (slices, blocks of a slice) of others."""
+    if len(shape) < 2:
+        return (-(-(shape[0] if shape else 1) // BLOCK),)
+    rest = 1
+    for size in shape[1:]:
+        rest *= size
+    return shape[0], -(-rest // BLOCK)
+
+
+def _blocks(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[..., 128] with zeros behind the last element of a slice."""
+    rows = x.reshape(shape[0], math.prod(shape[1:])) if len(shape) > 1 else x.reshape(1, -1)
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % BLOCK))
+    return rows.view(rows.shape[0], rows.shape[1] // BLOCK, BLOCK)
+
+
+def _unblock(blocks: Tensor, shape: tuple[int, ...]) -> Tensor:
+    numel_of_row = 1
+    for size in shape[1:] if len(shape) > 1 else shape:
+        numel_of_row *= size
+    return blocks.flatten(1)[:, :numel_of_row].reshape(shape)
+
+
+def _largest(dtype: torch.dtype) -> float:
+    return 255.0 if dtype == torch.uint8 else 127.0
+
+
+def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
+    """int8 or uint8 codes and their scales → fp32."""
+    c = _blocks(codes.float(), codes.shape)
+    s = scale.reshape(c.shape[0], -1, 1) * (1 / _largest(codes.dtype) ** 2)
+    return _unblock(s * (c * c.abs()), codes.shape)
+
+
+def quantize(x: Tensor, dtype: torch.dtype, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 → (codes of `dtype`, scales); `bits` from `random_bits`, an element each."""
+    unsigned, largest = dtype == torch.uint8, _largest(dtype)
+    blocks = _blocks(x, x.shape)
+    scale = blocks.abs().amax(2, keepdim=True)
+    to_square = largest**2 / scale
+    usable = (to_square < 3e38) & scale.isfinite()
+    scale = torch.where(scale.isfinite(), torch.where(usable, scale, 0.0), torch.nan)
+    u = _blocks((bits.float() * 2.0**-16).view(x.shape), x.shape)
+    square = torch.where(usable, blocks.abs() * to_square, 0.0)
+    c = square.sqrt().floor_().clamp_(max=largest - 1)
+    c = c + (square - c * c > u * (2 * c + 1))
+    c = torch.where(square > 0, c.clamp(min=1), 0.0) if unsigned else c * blocks.sign().nan_to_num(0.0)
+    return _unblock(c, x.shape).to(dtype), scale.view(scale_shape(x.shape))

@@ -1,0 +1,37 @@
+"""Averages of the parameters in the parameters' place, for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from pyops.optim.base import FusedOptimizer
+
+KEY = "ema"
+
+
+@contextmanager
+def averaged_parameters(optimizer: FusedOptimizer) -> Iterator[None]:
+    """See `FusedOptimizer.averaged_parameters`."""
+    if optimizer.options.ema_decay is None:
+        raise RuntimeError("averaged_parameters: there are no averages; pass ema_decay to the optimizer")
+    averages = {p: s[KEY] for p, s in optimizer.state.items() if isinstance(s, dict) and s.get(KEY) is not None}
+    if not averages:
+        raise RuntimeError("averaged_parameters: no step was made yet, so that there are no averages")
+    with torch.no_grad():
+        own = {p: p.detach().clone(memory_format=torch.preserve_format) for p in averages}
+    try:
+        _copy(averages)
+        yield
+    finally:
+        _copy(own)
+
+
+@torch.no_grad()
+def _copy(values: dict[torch.Tensor, torch.Tensor]) -> None:
+    for p, value in values.items():
+        p.copy_(value)

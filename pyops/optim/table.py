@@ -1,0 +1,131 @@
+"""The calls of a step on CPU tensors as one table of pointers, kept from step to step.
+
+Collecting the tensors of a thousand parameters in Python takes longer than stepping them. The table of the compiled
+extension (`csrc/optim_python.cpp`) is built from what was collected once; before each further step it checks that every
+parameter, gradient and state is still what it was built from, in a third of a microsecond each, and is dropped if not.
+All groups step in one parallel region.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pyops import backend
+from pyops.ops import optim as op
+from pyops.ops import optim_native
+from pyops.optim import distributed
+from pyops.optim.state import SCALE
+
+if TYPE_CHECKING:
+    from pyops.optim.base import FusedOptimizer
+    from pyops.optim.collect import Call
+
+
+class Table:
+    """Stands for the `Call`s of an optimizer until something moves."""
+
+    def __init__(self, optimizer: FusedOptimizer, calls: list[Call]) -> None:
+        self._native = backend.native.OptimTable()
+        self._state = optimizer.state
+        self._rules = [optimizer._rule(group) for group in optimizer.param_groups]
+        self._masks: list[Tensor | None] = []
+        self._kept: list[Tensor] = []  # masks in the order of their parameters
+        self.params: list[Tensor] = []
+        self.calls = calls
+        self.spec = next((spec for call in calls for spec in call.specs), None)
+        entries: dict[Tensor, tuple[int, Tensor]] = {}
+        for i, call in enumerate(calls):
+            for j, p in enumerate(call.originals):
+                entries[p] = self._add(i, call, j), call.grads[j]
+            self.params += call.originals
+            call.grads = []  # the table must not keep gradients alive that the next backward replaces
+        names = {group_rule: [*group_rule.scalars, *group_rule.states] for group_rule in self._rules}
+        for group, rule in zip(optimizer.param_groups, self._rules, strict=True):
+            for p in group["params"]:
+                self._watch(optimizer, p, names[rule], *entries.get(p, (-1, None)))
+        self._native.cut(optimizer.state)
+
+    @classmethod
+    def of(cls, optimizer: FusedOptimizer, calls: list[Call]) -> Table | None:
+        """The table of these calls, or None where they are not for it: other devices, sparse, complex and such."""
+        originals = [p for call in calls for p in call.originals]
+        specs = {spec for call in calls for spec in call.specs or [None]}
+        fits = (
+            backend.native is not None
+            and originals
+            and len(specs) == 1
+            and len(set(originals)) == len(originals)
+            and not any(call.sparse or call.device.type != "cpu" or call.newly_masked for call in calls)
+            and not any(p.is_complex() for p in originals)
+        )
+        return cls(optimizer, calls) if fits else None
+
+    def _add(self, group: int, call: Call, i: int) -> int:
+        k, n = len(call.rule.states), len(call.rule.scalars)
+        p = call.params[i]
+        mask = None
+        if call.masks and call.masks[i].numel():
+            mask = optim_native.layout_of_mask(call.masks[i], p)
+            self._kept.append(mask)
+        return optim_native.add_entry(
+            self._native,
+            call.rule,
+            p,
+            call.grads[i],
+            call.states[i * k : (i + 1) * k],
+            call.scales[i * k : (i + 1) * k],
+            call.scalars[i * n : (i + 1) * n],
+            call.ema[i] if call.ema else None,
+            mask,
+            call.stream + i,
+            group,
+            call.first[i] if call.first else 0,
+        )
+
+    def _watch(self, optimizer: FusedOptimizer, p: Tensor, names: list[str], entry: int, g: Tensor | None) -> None:
+        state = optimizer.state.get(p)
+        values = {}
+        if entry >= 0:
+            wanted = [*names, *(name + SCALE for name in names), "ema"]
+            # A moment first: its address is looked at, the others only for being the same object.
+            values = {name: state[name] for name in reversed(wanted) if name in (state or {})}
+        self._masks.append(optimizer._masks.get(p)[0] if optimizer._masks else None)
+        strides = None if g is None or g.is_contiguous() else g.stride()
+        dtype = None if g is None else g.dtype
+        self._native.watch(p, distributed.is_dtensor(p), dtype, strides, state if values else None, values, entry)
+
+    def holds(self, optimizer: FusedOptimizer) -> bool:
+        """True if the next step is over the same tensors by the same rules; gradients may have moved."""
+        groups = optimizer.param_groups
+        if optimizer.state is not self._state or len(groups) != len(self._rules):
+            return False
+        if any(optimizer._rule(group) is not rule for group, rule in zip(groups, self._rules, strict=True)):
+            return False
+        if optimizer._masks:
+            optimizer._masks.refresh()
+            params = (p for group in groups for p in group["params"])
+            if any(optimizer._masks.get(p)[0] is not mask for p, mask in zip(params, self._masks, strict=True)):
+                return False
+        return self._native.refresh(optimizer.state, groups)
+
+    def sum_squares(self) -> Tensor:
+        """Of all gradients, fp64 []."""
+        total = torch.tensor(self._native.sum_squares(), dtype=torch.float64)
+        return distributed.all_reduce(total, self.spec)
+
+    def step(self, optimizer: FusedOptimizer, multiplier: Tensor | None, found_inf: Tensor | None, key: int) -> None:
+        """Step every parameter, as the op would call by call."""
+        if found_inf is not None and found_inf.item() != 0:
+            return
+        factor = 1.0 if multiplier is None else multiplier.item()
+        hypers = [op.hyper_dict(call.rule, *optimizer._hyper(call)) for call in self.calls]
+        rows = [
+            optim_native.row(self.calls[group].rule, hypers[group], first, values, factor)
+            for group, first, values in self._native.combinations()
+        ]
+        o = optimizer.options
+        self._native.step(rows, o.zero_grad, o.stochastic_rounding, key)
+        optim_native.count_changes(self.params, [p.grad for p in self.params] if o.zero_grad else ())
