@@ -28,8 +28,8 @@ lint: $(VENV)/.dev ## ruff, clang-format
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*.inc
 
-bench: $(VENV)/.bench ## int8_linear against the peers on this machine; writes bench/results
-	$(BIN)/python -m pyops bench int8_linear
+bench: $(VENV)/.bench ## every op against its peers on this machine; writes bench/results
+	$(BIN)/python -m pyops bench int8_linear optim
 
 # A GPU machine brings its own torch, which a fresh environment would hide: build in place with what is there.
 gpu: ## build, test and benchmark on a machine with a GPU; installs nothing

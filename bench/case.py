@@ -6,13 +6,32 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
-Inputs = dict[str, torch.Tensor]
+Inputs = dict[str, Any]
+"""What `Op.make_inputs` makes: tensors by name, for ops on many tensors also lists of them and the case itself."""
+
+CACHE_TITLES = {"warm": "warm weights", "cold": "cold weights"}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over memory: some arrays are read, others updated in place, all equally long."""
+
+    bytes: float
+    """What it moves; an updated byte counts twice."""
+    reads: int
+    updates: int
+
+    @property
+    def footprint(self) -> float:
+        """Bytes of all arrays together."""
+        return self.bytes * (self.reads + self.updates) / (self.reads + 2 * self.updates)
 
 
 @dataclass(frozen=True)
@@ -37,6 +56,16 @@ class Case:
     """The peer that is ours in this case."""
     counted: bool = True
     """False keeps the case out of the means (call overhead, say)."""
+    passes: tuple[Pass, ...] = ()
+    """How `bytes` are moved, where some are written: the roof is then the time of these passes. Else all is read."""
+    target: float | None = None
+    """The ratio to the best peer that is aimed at, with more than one thread."""
+    against: tuple[str, ...] | None = None
+    """The peers that compete here; None: all that compete anywhere."""
+    min_sqnr_db: float | None = None
+    """In place of the op's."""
+    ours_min_sqnr_db: float | None = None
+    """What ours must reach, where there is no reference to compare with to the last bits."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +78,25 @@ class Op:
     make_inputs: Callable[[Case, torch.device], Inputs]
     """Deterministic: every process makes the same tensors."""
     oracle: Callable[[Inputs], torch.Tensor]
-    """The result without quantization, which every peer must approach."""
-    reference: Callable[[Inputs], torch.Tensor]
-    """What our kernel must compute, to the last bits."""
+    """The exact result (without quantization, in float64), which every peer must approach."""
     min_sqnr_db: float
-    """A peer whose signal-to-quantization-noise ratio against `oracle` is lower is wrong."""
-    max_error_eps: float
-    """Ours is wrong if an element differs from `reference` by more than this · eps(dtype) · max|reference|."""
+    """A peer whose signal-to-noise ratio against `oracle` is lower is wrong."""
     baseline: str
     """The peer that stands for plain PyTorch."""
-    peak: str
-    """The key in the ceilings that bounds `Case.ops`: "int8_gops" or "fp32_gflops"."""
+    peak: str | None
+    """The key in the ceilings that bounds `Case.ops`: "int8_gops" or "fp32_gflops"; None: memory alone is the limit."""
+    reference: Callable[[Inputs], torch.Tensor] | None = None
+    """What our kernel must compute, to the last bits; None: `Case.ours_min_sqnr_db` is what is asked of ours."""
+    max_error_eps: float = 0.0
+    """Ours is wrong if an element differs from `reference` by more than this · eps(dtype) · max|reference|."""
     inference: bool = True
     """Time under `torch.inference_mode()`."""
+    checks: str = "SQNR"
+    """What the signal-to-noise ratio is called in messages."""
+    ops_unit: str = "GOP/s"
+    """The unit of 10⁹ `Case.ops` a second."""
+    cache_titles: dict[str, str] = field(default_factory=lambda: dict(CACHE_TITLES))
+    """What "warm" and "cold" mean here, for tables and plots."""
 
 
 def op_names() -> list[str]:

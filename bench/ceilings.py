@@ -5,6 +5,8 @@ int8_isa_gops   register-only loops of the compiled extension, one for each inst
 int8_gops       the highest of those, None without the extension
 int_mm_gops     torch._int_mm, 2048³: what a library reaches
 read_gbs        bytes in the working set → GB/s (the extension's loop; without it the sum of an int64 tensor)
+update_gbs      "R+U" → bytes in the working set → GB/s of reading R arrays and updating U others in place, an updated
+                byte counted twice (the extension's loop; without it torch add_, which is 1+1)
 copy_gbs        torch copy_, counting bytes read and written
 """
 
@@ -21,21 +23,27 @@ from typing import Any
 import torch
 
 from pyops import backend
+from pyops.bench.case import Pass
 from pyops.bench.machine import wait_until_quiet
 from pyops.bench.pool import child_environment
 
 COPY_BYTES = 128 * 2**20
 
 
-def measure(device: str, threads: int, quick: bool, working_sets: Iterable[float]) -> dict[str, Any]:
+def measure(
+    device: str, threads: int, quick: bool, working_sets: Iterable[float], passes: Iterable[Pass] = ()
+) -> dict[str, Any]:
     """The ceilings at `threads` threads, from a fresh process; {"error": why} if that fails.
 
     Bandwidth is measured for each of `working_sets` (bytes, rounded to two digits): what fits a cache is read faster.
+    Likewise for the footprint of each of `passes`, with its mixture of reading and updating.
     """
     if not quick:
         wait_until_quiet(30.0, 0.15)
-    sizes = sorted({int(float(f"{size:.1e}")) for size in working_sets})
-    options = [device, str(threads), "quick" if quick else "full", *map(str, sizes)]
+    passes = list(passes)
+    sizes = {("read", _rounded(size)) for size in working_sets}
+    sizes |= {("read" if not p.updates else f"{p.reads}+{p.updates}", _rounded(p.footprint)) for p in passes}
+    options = [device, str(threads), "quick" if quick else "full", *(f"{kind}:{size}" for kind, size in sorted(sizes))]
     command = [sys.executable, "-m", "pyops.bench.ceilings", *options]
     done = subprocess.run(command, env=child_environment(threads), capture_output=True, text=True)
     if done.returncode:
@@ -43,12 +51,34 @@ def measure(device: str, threads: int, quick: bool, working_sets: Iterable[float
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def _rounded(size: float) -> int:
+    return int(float(f"{size:.1e}"))
+
+
+def _nearest(table: dict[Any, float], working_set: float) -> float | None:
+    by_size = {int(size): gbs for size, gbs in table.items()}
+    if not by_size:
+        return None
+    return by_size[min(by_size, key=lambda size: abs(math.log(size / working_set)))]
+
+
 def read_bandwidth(ceilings: dict[str, Any], working_set: float) -> float | None:
     """GB/s for reading a working set of so many bytes: that of the nearest size which was measured."""
-    table = {int(size): gbs for size, gbs in ceilings.get("read_gbs", {}).items()}
-    if not table:
-        return None
-    return table[min(table, key=lambda size: abs(math.log(size / working_set)))]
+    return _nearest(ceilings.get("read_gbs", {}), working_set)
+
+
+def passes_ms(ceilings: dict[str, Any], passes: Iterable[Pass]) -> tuple[float, str] | None:
+    """The least ms for `passes` over memory, one after the other; None if the bandwidth of one is unknown."""
+    total = 0.0
+    for part in passes:
+        if part.updates:
+            gbs = _nearest(ceilings.get("update_gbs", {}).get(f"{part.reads}+{part.updates}", {}), part.footprint)
+        else:
+            gbs = read_bandwidth(ceilings, part.footprint)
+        if not gbs:
+            return None
+        total += part.bytes / gbs / 1e6
+    return total, "memory"
 
 
 def roof_ms(
@@ -74,7 +104,29 @@ def _best_s(call: Callable[[], object], seconds: float, sync: Callable[[], objec
     return best
 
 
-def _here(device: str, threads: int, quick: bool, sizes: list[int]) -> dict[str, Any]:
+def _native(device: str, what: str) -> Callable[..., float] | None:
+    """The extension's loop that measures "read" or "update" bandwidth, where there is one."""
+    return getattr(backend.native, f"{what}_bandwidth_gbs", None) if device == "cpu" else None
+
+
+def _pass_gbs(
+    device: str, threads: int, nbytes: int, reads: int, updates: int, seconds: float, sync: Callable[[], object]
+) -> float:
+    """GB/s of one pass over arrays of `nbytes` all together."""
+    least = 4096 * threads * (reads + updates)  # a page a thread and array at least
+    if updates:
+        if update := _native(device, "update"):
+            return float(update(max(nbytes, least), threads, reads, updates))
+        source = torch.ones(max(nbytes // 8, 1), device=device)
+        target = torch.zeros_like(source)
+        return 3 * source.nbytes / _best_s(lambda: target.add_(source), seconds, sync) / 1e9
+    if read := _native(device, "read"):
+        return float(read(max(nbytes, least), threads))
+    data = torch.ones(max(nbytes // 8, 1), dtype=torch.int64, device=device)
+    return nbytes / _best_s(data.sum, seconds, sync) / 1e9
+
+
+def _here(device: str, threads: int, quick: bool, sizes: list[tuple[str, int]]) -> dict[str, Any]:
     torch.set_num_threads(threads)
     seconds, size = (0.15, 1024) if quick else (0.6, 2048)
     sync = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -98,17 +150,15 @@ def _here(device: str, threads: int, quick: bool, sizes: list[int]) -> dict[str,
     in_use = backend.native.cpu_isa() if isas else None
     result["int8_gops"] = isas.get(in_use, max(isas.values(), default=None))
 
-    native_read = device == "cpu" and hasattr(backend.native, "read_bandwidth_gbs")
-    result["read_method"] = "pyops._C.read_bandwidth_gbs" if native_read else "torch.sum of int64"
-    result["read_gbs"] = {}
-    for nbytes in sizes:
-        if native_read:
-            part = max(nbytes, 4096 * threads)  # a page a thread at least
-            gbs = max(float(backend.native.read_bandwidth_gbs(part, threads)) for _ in range(1 if quick else 3))
-        else:
-            data = torch.ones(max(nbytes // 8, 1), dtype=torch.int64, device=device)
-            gbs = nbytes / _best_s(data.sum, seconds / 4, sync) / 1e9
-        result["read_gbs"][nbytes] = gbs
+    result["read_method"] = "pyops._C.read_bandwidth_gbs" if _native(device, "read") else "torch.sum of int64"
+    result["update_method"] = "pyops._C.update_bandwidth_gbs" if _native(device, "update") else "torch add_ of float32"
+    result["read_gbs"], result["update_gbs"] = {}, {}
+    for kind, nbytes in sizes:
+        reads, updates = map(int, kind.split("+")) if kind != "read" else (1, 0)
+        table = result["update_gbs"].setdefault(kind, {}) if updates else result["read_gbs"]
+        table[nbytes] = max(
+            _pass_gbs(device, threads, nbytes, reads, updates, seconds / 4, sync) for _ in range(1 if quick else 3)
+        )
     source = torch.ones(COPY_BYTES // 8, device=device)
     target = torch.zeros_like(source)
     result["copy_gbs"] = 2 * source.nbytes / _best_s(lambda: target.copy_(source), seconds, sync) / 1e9
@@ -116,5 +166,6 @@ def _here(device: str, threads: int, quick: bool, sizes: list[int]) -> dict[str,
 
 
 if __name__ == "__main__":
-    where, count, length, *read_sizes = sys.argv[1:]
-    print(json.dumps(_here(where, int(count), length == "quick", [int(size) for size in read_sizes])))
+    where, count, length, *wanted = sys.argv[1:]
+    pairs = [word.split(":") for word in wanted]
+    print(json.dumps(_here(where, int(count), length == "quick", [(kind, int(size)) for kind, size in pairs])))

@@ -62,9 +62,9 @@ OP = Op(
     ),
     make_inputs=make_inputs,
     oracle=oracle,
-    reference=reference,
     # Two int8 roundings of normal data leave about 38 dB, per-tensor weights and 7-bit activations (FBGEMM) about 32.
     min_sqnr_db=25.0,
+    reference=reference,
     # The integers agree exactly; the fp32 epilogue may contract a·b + c into one rounding.
     max_error_eps=4.0,
     baseline="torch-fp32",

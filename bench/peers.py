@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from pyops.bench.case import Inputs
+from pyops.bench.case import Case, Inputs
 
 Role = Literal["ours", "baseline", "peer", "figure"]
 """`baseline` and `peer` compete for "best peer"; a `figure` is only shown, `Peer.excluded` says why."""
@@ -18,11 +18,17 @@ Role = Literal["ours", "baseline", "peer", "figure"]
 
 @dataclass(frozen=True)
 class Instance:
-    """A ready model with weights of its own."""
+    """A ready model with weights of its own, or what else can be called again and again."""
 
     call: Callable[[], Any]
     output: Callable[[Any], torch.Tensor] = lambda value: value
     """What `call` returned, as a tensor: the result of the first layer."""
+    check: Callable[[], torch.Tensor] | None = None
+    """Makes the result to be checked, where one call does not: several steps in place, say. Run once, before timing."""
+    prepare: Callable[[], Any] | None = None
+    """Restores what a call uses up; run before every call, outside the time. A sample is then one call."""
+    note: Callable[[], str] | None = None
+    """A remark for the table, made after `check`."""
 
 
 class Peer:
@@ -59,6 +65,11 @@ class Peer:
         return None
 
     @classmethod
+    def covers(cls, case: Case) -> bool:
+        """False for a case that it has nothing for; it is then left out without a word."""
+        return True
+
+    @classmethod
     def version(cls) -> str | None:
         """The version of its package, or None if it is not installed."""
         try:
@@ -74,8 +85,8 @@ class Peer:
         raise NotImplementedError
 
     def weight_bytes(self, inputs: Inputs) -> int:
-        """Bytes of weights that one call reads: how many instances exceed a cache."""
-        raise NotImplementedError
+        """Bytes of weights that one call reads: how many instances exceed a cache. For cases with a cold cache."""
+        return 0
 
 
 def select(peers: list[type[Peer]], wanted: list[str] | None) -> list[type[Peer]]:

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from pyops.bench.case import CACHE_TITLES
 from pyops.bench.report import SCHEMA, geomean
 
 COLOURS = ("#9ecae1", "#2171b5", "#08306b", "#041c40")  # light to dark with the number of threads
-INK, GRID, LOSS = "#222222", "#dddddd", "#c0392b"
+INK, GRID, LOSS, TARGET = "#222222", "#dddddd", "#c0392b", "#e08214"
 TICKS = (0.4, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 FLOOR = 0.4
 """Bars end here; what is slower still says so by its number."""
@@ -28,7 +29,7 @@ def replot(json_path: Path, png_path: Path | None = None) -> Path:
 
 
 def draw(document: dict[str, Any], target: Path) -> None:
-    """One panel for each cache state; bars grouped by shape and M, one bar for each thread count, on a log axis."""
+    """One panel for each cache state; bars by group and case, one for each thread count, on a log axis; targets too."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -45,9 +46,10 @@ def draw(document: dict[str, Any], target: Path) -> None:
     width = max(7.0, 0.55 * x + 2)
     plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.edgecolor": "#888888"})
     figure, panels = plt.subplots(len(caches), 1, figsize=(width, 3.0 * len(caches) + 1.3), sharex=True, squeeze=False)
-    values = [point["speedup"] for point in shown] or [1.0]
+    values = [value for p in shown for value in (p["speedup"], p.get("target")) if value] or [1.0]
     for panel, cache in zip(panels[:, 0], caches, strict=True):
-        _panel(panel, [p for p in shown if p["cache"] == cache], ticks, document["threads"], cache, values)
+        title = document.get("cache_titles", CACHE_TITLES)[cache]
+        _panel(panel, [p for p in shown if p["cache"] == cache], ticks, document["threads"], title, values)
     _groups(panels[-1, 0], shown, ticks)
     machine = document["machine"]
     name = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
@@ -62,7 +64,7 @@ def draw(document: dict[str, Any], target: Path) -> None:
     plt.close(figure)
 
 
-def _panel(panel, part: list[dict], ticks: dict, threads: list[int], cache: str, values: list[float]) -> None:
+def _panel(panel, part: list[dict], ticks: dict, threads: list[int], title: str, values: list[float]) -> None:
     bar = 0.8 / len(threads)
     low, high = max(FLOOR / 1.15, min(0.75, min(values) / 1.15)), max(1.7, max(values) * 1.15)
     panel.set_yscale("log")
@@ -81,6 +83,12 @@ def _panel(panel, part: list[dict], ticks: dict, threads: list[int], cache: str,
         label = f"{count} thread{'s' * (count > 1)}{mean}"
         colour = COLOURS[min(i + (len(threads) == 1), len(COLOURS) - 1)]
         panel.bar(at, speed - 1, bar * 0.92, bottom=1, color=colour, label=label, zorder=2)
+        aims = [(x, p["target"]) for x, p in zip(at, chosen, strict=True) if p.get("target")]
+        if aims:
+            x, y = map(np.array, zip(*aims, strict=True))
+            known = panel.get_legend_handles_labels()[1]
+            label = None if "target" in known else "target"
+            panel.hlines(y, x - bar / 2, x + bar / 2, color=TARGET, linewidth=1.6, label=label, zorder=4)
         for where, top, point in zip(at, speed, chosen, strict=True):
             value, up = point["speedup"], point["speedup"] >= 1
             panel.annotate(
@@ -109,8 +117,8 @@ def _panel(panel, part: list[dict], ticks: dict, threads: list[int], cache: str,
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
     panel.set_ylabel("best peer time / pyops time")
-    panel.set_title(f"{cache} weights", loc="left", fontsize=10)
-    panel.legend(loc="upper right", ncols=len(threads), frameon=False, fontsize=8, bbox_to_anchor=(1, 1.14))
+    panel.set_title(title, loc="left", fontsize=10)
+    panel.legend(loc="upper right", ncols=len(threads) + 1, frameon=False, fontsize=8, bbox_to_anchor=(1, 1.14))
 
 
 def _groups(panel, shown: list[dict], ticks: dict) -> None:

@@ -44,7 +44,8 @@ def points(rows: list[Row]) -> list[Row]:
     """One row per (case, threads, cache): ours against the best competing peer and against the baseline.
 
     `speedup` is the best peer's median over ours, `over_baseline` the baseline's over ours: above 1, ours is faster.
-    Only rows that are timed, hence right, take part.
+    `target` is the speedup that the case aims at, with more than one thread. Only rows that are timed, hence right, are
+    looked at.
     """
     found: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -60,6 +61,7 @@ def points(rows: list[Row]) -> list[Row]:
             continue
         point = {key: ours[key] for key in ("case", "group", "label", "threads", "cache", "counted")}
         point |= {"ours_ms": ours["median_ms"], "best_peer": None, "speedup": None, "over_baseline": None}
+        point["target"] = ours.get("target") if ours["threads"] > 1 else None
         if best:
             point["best_peer"], point["best_peer_ms"] = best["peer"], best["median_ms"]
             point["speedup"] = best["median_ms"] / ours["median_ms"]
@@ -106,6 +108,12 @@ def summarize(rows: list[Row]) -> dict[str, Any]:
             "geomean": geomean(p["speedup"] for p in against),
             "worst": worst and {key: worst[key] for key in ("case", "threads", "cache", "best_peer", "speedup")},
             "slower_than_best": sum(p["speedup"] < 1 for p in against),
+            "targets": sum(p["target"] is not None for p in against),
+            "missed": [
+                {key: p[key] for key in ("case", "threads", "cache", "speedup", "target")}
+                for p in against
+                if p["target"] is not None and p["speedup"] < p["target"]
+            ],
             "geomean_over_baseline": geomean(p["over_baseline"] for p in over),
             "slower_than_baseline": [
                 f"{p['case']} {p['threads']}T {p['cache']}" for p in over if p["over_baseline"] < 1
@@ -127,7 +135,7 @@ def _number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
 
 
-HEADER = ("", "median ms", "p20–p80", "GB/s", "GOP/s", "of ceiling", "× ours")
+HEADER = ("", "median ms", "p20–p80", "GB/s", "{ops_unit}", "of ceiling", "× ours")
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -137,13 +145,15 @@ def _cells(row: Row) -> tuple[str, ...]:
     share = "unknown" if row["fraction"] is None else f"{row['fraction']:.0%} {row['limit']}"
     spread_ms = f"{_number(row['p20_ms'])}–{_number(row['p80_ms'])}"
     numbers = (_number(row["median_ms"], 4), spread_ms, _number(row["gbs"]), _number(row["gops"]), share)
-    return name, *numbers, f"{_number(row['ratio'])}  {row['variant']}".rstrip()
+    remarks = ", ".join(filter(None, (row["variant"], row.get("note"))))
+    return name, *numbers, f"{_number(row['ratio'])}  {remarks}".rstrip()
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[Row], ops_unit: str = "GOP/s") -> str:
     """The rows of one (case, threads, cache), ours first, then by time; a peer without a time says why."""
     ordered = sorted(rows, key=lambda r: (r["role"] != "ours", r["status"] != "ok", r.get("median_ms") or 0.0))
-    lines = [HEADER, *(_cells(row) for row in ordered)]
+    header = tuple(word.format(ops_unit=ops_unit) for word in HEADER)
+    lines = [header, *(_cells(row) for row in ordered)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER) - 1)]
     text = []
     for name, *middle, last in lines:
@@ -163,6 +173,12 @@ def summary_text(document: dict[str, Any]) -> str:
             losses = f"{part['slower_than_best']} of {part['points']} below 1"
             lines.append(f"  best peer / ours      geomean {_number(part['geomean'])}×, {losses}")
             lines.append(f"                        worst {_number(worst['speedup'])}× ({where})")
+        if part.get("targets") and name != "all":
+            missed = [f"{p['case']} {_number(p['speedup'])} of {p['target']:g}×" for p in part["missed"]]
+            lines.append(
+                f"  targets               {part['targets'] - len(missed)} of {part['targets']} reached"
+                + f"; missed: {', '.join(missed)}" * bool(missed)
+            )
         if part["geomean_over_baseline"] is not None:
             slower = part["slower_than_baseline"]
             note = f"; slower at: {', '.join(slower)}" if slower else "; nowhere slower"

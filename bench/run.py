@@ -19,7 +19,7 @@ import torch
 
 from pyops.bench import case as cases
 from pyops.bench import machine, plot, report
-from pyops.bench.case import Case
+from pyops.bench.case import Case, Op
 from pyops.bench.peers import select
 from pyops.bench.runner import FOREIGN_CPUS, Runner
 
@@ -39,6 +39,8 @@ def run_op(spec: str, args: argparse.Namespace) -> dict[str, Any]:
         "op": op.name,
         "title": op.title,
         "baseline": op.baseline,
+        "cache_titles": op.cache_titles,
+        "ops_unit": op.ops_unit,
         "quick": args.quick,
         "machine": machine.describe(args.device),
         "threads": args.threads,
@@ -60,7 +62,7 @@ def run_op(spec: str, args: argparse.Namespace) -> dict[str, Any]:
                 fresh = runner.case_rows(case)
                 rows += fresh
                 progress.clear()
-                _print_case(case, threads, fresh)
+                _print_case(op, case, threads, fresh)
                 progress.update()
         finally:
             runner.close()
@@ -68,15 +70,22 @@ def run_op(spec: str, args: argparse.Namespace) -> dict[str, Any]:
     return {**document, "rows": rows, "points": report.points(rows), "summary": report.summarize(rows)}
 
 
-def _print_case(case: Case, threads: int, rows: list[report.Row]) -> None:
+def _print_case(op: Op, case: Case, threads: int, rows: list[report.Row]) -> None:
     for cache in dict.fromkeys(row["cache"] for row in rows if row["cache"]):
-        title = f"{case.name}  {threads} thread{'s' * (threads > 1)}, {cache} weights"
+        title = f"{case.name}  {threads} thread{'s' * (threads > 1)}, {op.cache_titles[cache]}"
         busy = max(row.get("foreign_cpus", 0.0) for row in rows)
         noise = f"\n  NOISY: other processes used {busy:.1f} CPUs meanwhile" * (busy > FOREIGN_CPUS)
         shown = [row for row in rows if row["cache"] in (cache, None)]
-        print(f"\n{title}  ({case.source}){noise}\n{report.table(shown)}", flush=True)
+        print(f"\n{title}  ({case.source}){noise}\n{report.table(shown, op.ops_unit)}", flush=True)
+        if case.against and any(row["role"] == "figure" for row in shown):
+            print(f"  measured against {', '.join(case.against)}; the others (*) are only shown", flush=True)
+        for point in report.points(shown):
+            if point["target"] is not None and point["speedup"] is not None:
+                word = "reached" if point["speedup"] >= point["target"] else "missed"
+                ratio = f"{point['speedup']:.2f}× over {point['best_peer']}"
+                print(f"  target {point['target']:g}× {word}: {ratio}", flush=True)
     if not any(row["cache"] for row in rows):
-        print(f"\n{case.name}  {threads}T\n{report.table(rows)}", flush=True)
+        print(f"\n{case.name}  {threads}T\n{report.table(rows, op.ops_unit)}", flush=True)
 
 
 def list_ops(device: str) -> str:

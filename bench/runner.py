@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import tempfile
 from pathlib import Path
@@ -38,8 +39,10 @@ class Runner:
         self.cold_bytes = (32 if args.quick else 128) * 2**20 * (3 if args.device == "cuda" else 1)
         self.ceilings: dict[str, Any] = {}
         if not args.skip_ceilings:
-            sets = [*(case.bytes for case in chosen), self.cold_bytes]
-            self.ceilings = ceilings.measure(args.device, threads, args.quick, sets)
+            sets = [case.bytes for case in chosen if not case.passes]
+            sets += [self.cold_bytes] * any(case.cold for case in chosen)
+            passes = [part for case in chosen for part in case.passes]
+            self.ceilings = ceilings.measure(args.device, threads, args.quick, sets, passes)
         self._start = lambda name: start(spec, name, args.device, threads)
         self.workers: dict[str, Worker] = {
             kind.name: self._start(kind.name) for kind in kinds if not self.missing[kind.name]
@@ -52,10 +55,11 @@ class Runner:
 
     def case_rows(self, case: Case) -> list[report.Row]:
         """A row for each peer and cache state; a peer that is missing, wrong or broken has one row and no time."""
-        rows = {kind.name: self._row(case, kind) for kind in self.kinds}
+        rows = {kind.name: self._row(case, kind) for kind in self.kinds if kind.covers(case)}
         opened = self._open(case, rows)
         caches = ("warm", "cold") if case.cold else ("warm",)
         samples = self._interleave(case, rows, opened, caches)
+        self._close_case(rows)
         result = []
         for name, row in rows.items():
             if row["status"] != "ok":
@@ -69,7 +73,8 @@ class Runner:
 
     def _row(self, case: Case, kind: type[Peer]) -> report.Row:
         reason = self.missing[kind.name]
-        facts = ("group", "label", "dims", "ops", "bytes", "ours", "counted")
+        facts = ("group", "label", "dims", "ops", "bytes", "ours", "counted", "target")
+        competes = kind.role in report.COMPETING and (case.against is None or kind.name in case.against)
         return {
             "case": case.name,
             **{fact: getattr(case, fact) for fact in facts},
@@ -77,7 +82,7 @@ class Runner:
             "threads": self.threads,
             "cache": None,
             "peer": kind.name,
-            "role": kind.role,
+            "role": kind.role if competes or kind.role not in report.COMPETING else "figure",
             "variant": "",
             "status": "missing" if reason else "ok",
             "reason": reason or "",
@@ -88,10 +93,7 @@ class Runner:
         for name, worker in self.workers.items():
             if not worker.alive:  # the case before was too much for it
                 self.workers[name] = self._start(name)
-        inputs = self.op.make_inputs(case, self.device)
-        reference = self.op.reference(inputs)
-        eps = torch.finfo(reference.dtype).eps
-        tight, oracle = (result.float().cpu().numpy() for result in (reference, self.op.oracle(inputs)))
+        oracle, reference = self._expected(case)
         self._ask_all(rows, "open", case=case.name, cold_bytes=self.cold_bytes)
         with tempfile.TemporaryDirectory() as folder:
             for name, worker in self._usable(rows):
@@ -100,12 +102,27 @@ class Runner:
                 answer = self._answer(rows[name], worker, OPEN_TIMEOUT_S)
                 if answer is not None:
                     rows[name] |= answer
-                    self._check(rows[name], np.load(file), oracle, tight, eps)
+                    self._check(case, rows[name], np.load(file), oracle, reference)
         self._ask_all(rows, "fill")
         return [name for name, _ in self._usable(rows)]
 
+    def _expected(self, case: Case) -> tuple[np.ndarray, torch.Tensor | None]:
+        """What is right: the oracle's result, and the reference's where the op has one."""
+        inputs = self.op.make_inputs(case, self.device)
+        reference = self.op.reference(inputs) if self.op.reference else None
+        return self.op.oracle(inputs).float().cpu().numpy(), reference
+
+    def _close_case(self, rows: dict[str, report.Row]) -> None:
+        """Let the workers free the case, those too whose result was wrong."""
+        for name in rows:
+            worker = self.workers.get(name)
+            if worker and worker.alive:
+                worker.send("close")
+                with contextlib.suppress(WorkerError):
+                    worker.receive(OPEN_TIMEOUT_S)
+
     def _usable(self, rows: dict[str, report.Row]) -> list[tuple[str, Worker]]:
-        return [(name, worker) for name, worker in self.workers.items() if rows[name]["status"] == "ok"]
+        return [(name, worker) for name, worker in self.workers.items() if rows.get(name, {}).get("status") == "ok"]
 
     def _ask_all(self, rows: dict[str, report.Row], do: str, **request: Any) -> None:
         """Ask all workers at once: what they do is not timed."""
@@ -123,14 +140,19 @@ class Runner:
             row |= {"status": "error", "reason": str(error)}
             return None
 
-    def _check(self, row: report.Row, result: np.ndarray, oracle: np.ndarray, tight: np.ndarray, eps: float) -> None:
+    def _check(
+        self, case: Case, row: report.Row, result: np.ndarray, oracle: np.ndarray, reference: torch.Tensor | None
+    ) -> None:
         sqnr = report.sqnr_db(result, oracle)
-        row["sqnr_db"] = (
-            sqnr if math.isfinite(sqnr) else None
-        )  # exact, or nothing like the oracle; JSON knows no infinity
-        if not sqnr >= self.op.min_sqnr_db:
-            row |= {"status": "wrong", "reason": f"SQNR {sqnr:.1f} dB, at least {self.op.min_sqnr_db:.0f} dB is right"}
-        elif row["role"] == "ours":
+        # Exact, or nothing like the oracle: JSON knows no infinity.
+        row["sqnr_db"] = sqnr if math.isfinite(sqnr) else None
+        least = self.op.min_sqnr_db if case.min_sqnr_db is None else case.min_sqnr_db
+        if row["role"] == "ours" and case.ours_min_sqnr_db is not None:
+            least = case.ours_min_sqnr_db
+        if not sqnr >= least:
+            row |= {"status": "wrong", "reason": f"{self.op.checks} {sqnr:.1f} dB, at least {least:.0f} dB is right"}
+        elif row["role"] == "ours" and reference is not None:
+            tight, eps = reference.float().cpu().numpy(), torch.finfo(reference.dtype).eps
             worst, largest = np.abs(result - tight).max(initial=0.0), np.abs(tight).max(initial=1e-30)
             row["error_eps"] = error = float(worst / largest / eps)
             if error > self.op.max_error_eps:
@@ -172,7 +194,10 @@ class Runner:
 
     def _rates(self, case: Case, cache: str, median_ms: float) -> dict[str, Any]:
         working_set = self.cold_bytes if cache == "cold" else case.bytes
-        roof = ceilings.roof_ms(self.ceilings, self.op.peak, case.ops, case.bytes, working_set)
+        if case.passes:
+            roof = ceilings.passes_ms(self.ceilings, case.passes)
+        else:
+            roof = ceilings.roof_ms(self.ceilings, self.op.peak, case.ops, case.bytes, working_set)
         fraction, limit = (None, None) if roof is None else (roof[0] / median_ms, roof[1])
         rates = {"gops": case.ops / median_ms / 1e6, "gbs": case.bytes / median_ms / 1e6}
         return {**rates, "fraction": fraction, "limit": limit}

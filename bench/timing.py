@@ -6,7 +6,8 @@ than reading a big buffer between calls: that would also evict the library's own
 which no network does.
 
 A sample is a batch of calls long enough for the clock (20 µs on CPU, a CUDA graph on a GPU), divided by their number.
-Nothing is dropped; the reader takes medians and percentiles.
+A call that uses something up (a step that zeroes its gradients) is a sample of its own, restored in between outside the
+time. Nothing is dropped; the reader takes medians and percentiles.
 """
 
 from __future__ import annotations
@@ -33,9 +34,18 @@ def layers_for(weight_bytes: int, cold_bytes: int) -> int:
     return max(2, min(MAX_LAYERS, math.ceil(cold_bytes / max(weight_bytes, 1))))
 
 
-def samples_ms(calls: Sequence[Call], budget_ms: float, device: torch.device) -> list[float]:
-    """Milliseconds a call, sampled for about `budget_ms`, going round `calls`; at least two samples."""
-    return (_cuda_samples if device.type == "cuda" else _cpu_samples)(calls, budget_ms)
+def samples_ms(
+    calls: Sequence[Call], budget_ms: float, device: torch.device, prepare: Sequence[Call] | None = None
+) -> list[float]:
+    """Milliseconds a call, sampled for about `budget_ms`, going round `calls`; at least two samples.
+
+    `prepare` has a function for each call, which runs before it and is not timed; on a GPU that raises ValueError.
+    """
+    if device.type != "cuda":
+        return _cpu_samples(calls, budget_ms, prepare)
+    if prepare:
+        raise ValueError("calls that need preparing cannot be timed as one CUDA graph")
+    return _cuda_samples(calls, budget_ms)
 
 
 def quick_ms(call: Call, device: torch.device, budget_ms: float = 10.0) -> float:
@@ -44,15 +54,17 @@ def quick_ms(call: Call, device: torch.device, budget_ms: float = 10.0) -> float
     return samples[len(samples) // 2]
 
 
-def _cpu_samples(calls: Sequence[Call], budget_ms: float) -> list[float]:
+def _cpu_samples(calls: Sequence[Call], budget_ms: float, prepare: Sequence[Call] | None) -> list[float]:
     clock = time.perf_counter_ns
     turn = itertools.cycle(calls)
+    prepare_next = itertools.cycle(prepare or [lambda: None])
     start = clock()
     warm_up_calls = 0
     while warm_up_calls < 2 or clock() - start < WARM_UP_NS:
+        next(prepare_next)()
         next(turn)()
         warm_up_calls += 1
-    batch = max(1, math.ceil(SAMPLE_NS * warm_up_calls / (clock() - start)))
+    batch = 1 if prepare else max(1, math.ceil(SAMPLE_NS * warm_up_calls / (clock() - start)))
     samples: list[float] = []
     collecting = gc.isenabled()
     gc.disable()
@@ -60,6 +72,7 @@ def _cpu_samples(calls: Sequence[Call], budget_ms: float) -> list[float]:
         deadline = clock() + int(budget_ms * 1e6)
         while len(samples) < 2 or clock() < deadline:
             todo = list(itertools.islice(turn, batch))
+            next(prepare_next)()
             before = clock()
             for call in todo:
                 call()

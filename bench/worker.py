@@ -13,6 +13,8 @@ quarrel, and the runner drives a `Session` in its own process.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import json
 import os
 import sys
@@ -50,7 +52,8 @@ class Session:
             self._builders = self.peer.variants(inputs)
             for name, build in self._builders.items():
                 instance = build()
-                value = instance.output(instance.call()).detach().float().cpu().clone()
+                value = instance.check() if instance.check else instance.output(instance.call())
+                value = value.detach().float().cpu().clone()
                 self._variants[name] = (instance, value)
         self._layers = layers_for(weight_bytes, cold_bytes) if self.case.cold else 0
         quiesce()
@@ -66,7 +69,7 @@ class Session:
         self._warm, self._variants, self._chosen = [instance], {}, chosen
         np.save(result, value.numpy())
         quiesce()
-        return {"variant": chosen}
+        return {"variant": chosen, **({"note": instance.note()} if instance.note else {})}
 
     def fill(self) -> dict[str, Any]:
         """Build what the cold cache needs. Workers may do this side by side."""
@@ -82,11 +85,13 @@ class Session:
 
     def time(self, cache: str, ms: float) -> dict[str, Any]:
         """Samples in milliseconds, of one layer each."""
-        calls = [instance.call for instance in (self._cold if cache == "cold" else self._warm)]
+        instances = self._cold if cache == "cold" else self._warm
+        calls = [instance.call for instance in instances]
+        prepare = [instance.prepare for instance in instances if instance.prepare]
         layers = self._layers if cache == "cold" and self.peer.graph else 1
         with self._mode():
             before = _clocks()
-            samples = samples_ms(calls, ms, self.device)
+            samples = samples_ms(calls, ms, self.device, prepare)
             wall_s, own_s, busy_s = (b - a for a, b in zip(before, _clocks(), strict=True))
         quiesce()
         return {"samples": [sample / layers for sample in samples], "wall_s": wall_s, "foreign_s": busy_s - own_s}
@@ -97,10 +102,18 @@ class Session:
         self._variants: dict[str, tuple[Instance, torch.Tensor]] = {}
         self._warm: list[Instance] = []  # whole instances: one may hold memory which its call alone does not
         self._cold: list[Instance] = []
+        _release_memory()
         return {}
 
     def _mode(self) -> contextlib.AbstractContextManager:
         return torch.inference_mode() if self.op.inference else contextlib.nullcontext()
+
+
+def _release_memory() -> None:
+    """Give what the last case held back to the system: several workers hold a case at once."""
+    gc.collect()  # optimizers hold themselves
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _clocks() -> tuple[float, float, float]:

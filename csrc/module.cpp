@@ -9,6 +9,9 @@ namespace py = pybind11;
 namespace pyops::optim {
 void bind(py::module_& m);  // optim_python.cpp
 }
+namespace pyops::adafactor {
+void bind(py::module_& m);  // adafactor_python.cpp
+}
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of pyops: CPU features and build facts; the ops are in torch.ops.pyops";
@@ -34,6 +37,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("data"), py::arg("bytes"), py::arg("filled"),
       "Ask for 2 MiB pages under a buffer that will be streamed, filled already or not");
   pyops::optim::bind(m);
+  pyops::adafactor::bind(m);
   m.def("build_info", [] {
     py::dict info;
 #if defined(__clang__)

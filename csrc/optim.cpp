@@ -8,18 +8,12 @@
 
 #include "cpu.h"
 #include "optim_table.h"
-#include "tensor.h"
 
 #define PYOPS_ISA_FILE "optim.inc"
 #include "for_each_isa.h"
 
 namespace pyops::optim {
 namespace {
-
-// Elements of a chunk: small enough that threads end together, large enough that a chunk costs nothing.
-constexpr int64_t kMaxChunk = 32 * kBlock, kMinChunk = 2 * kBlock, kChunks = 256;
-constexpr int64_t kChunkCost = 64;  // what a chunk costs beside its elements, in elements
-constexpr int64_t kGrain = 16'384;  // elements that are worth another thread
 
 // All kernels that an ISA has.
 struct Kernels {
@@ -73,37 +67,27 @@ int64_t Table::add(Entry entry, const std::string& rule, const std::vector<int64
 void Table::cut() {
   int64_t total = 0;
   for (const Entry& e : entries) total += e.numel;
-  const int64_t blocks = std::clamp(total / kChunks, kMinChunk, kMaxChunk) / kBlock;
   chunks_.clear();
-  cost_.assign(1, 0);
-  for (size_t i = 0; i < entries.size(); i++) {
-    const int64_t count = entries[i].blocks();
-    for (int64_t begin = 0; begin < count; begin += blocks) {
-      const int64_t end = std::min(begin + blocks, count);
-      chunks_.push_back({static_cast<int32_t>(i), begin, end});
-      cost_.push_back(cost_.back() + kChunkCost + entries[i].numel * (end - begin) / count);
-    }
-  }
+  for (size_t i = 0; i < entries.size(); i++)
+    chunks_.add(static_cast<int32_t>(i), entries[i].blocks(), entries[i].numel, Chunks::size_for(total));
 }
 
-// work(chunk, its index) for every chunk, on threads that get equal shares.
-template <class F>
-void Table::for_chunks(const F& work) {
-  const int64_t total = cost_.back();
-  const auto run = [&](int64_t begin, int64_t end) {
-    size_t i = std::lower_bound(cost_.begin(), cost_.end(), begin) - cost_.begin();
-    for (; i < chunks_.size() && cost_[i] < end; i++) work(chunks_[i], i);
-  };
-  if (total <= kGrain)
-    run(0, total);
-  else
-    torch::stable::parallel_for(0, total, kGrain, run);
+std::vector<std::tuple<int64_t, int64_t, int64_t>> Table::chunks() const {
+  std::vector<std::tuple<int64_t, int64_t, int64_t>> found;
+  for (size_t i = 0; i < chunks_.size(); i++) {
+    const Chunk& c = chunks_[i];
+    const Entry& e = entries[c.entry];
+    const generic::optim::Block first = generic::optim::block_at(e, c.begin),
+                                last = generic::optim::block_at(e, c.end - 1);
+    found.emplace_back(c.entry, first.start, last.start + last.n - first.start);
+  }
+  return found;
 }
 
 double Table::sum_squares() {
   const Kernels k = kernels(active_isa());
   std::vector<double> sums(chunks_.size());
-  for_chunks([&](const Chunk& c, size_t i) { sums[i] = k.squares(entries[c.entry], c.begin, c.end); });
+  chunks_.for_each([&](const Chunk& c, size_t i) { sums[i] = k.squares(entries[c.entry], c.begin, c.end); });
   double total = 0;
   for (double sum : sums) total += sum;
   return total;
@@ -120,7 +104,7 @@ void Table::step(const std::vector<Scalars>& scalars, const std::vector<int32_t>
     scale_by_norms(scaled, own);
     used = &scaled, index = &own;
   }
-  for_chunks([&](const Chunk& c, size_t) {
+  chunks_.for_each([&](const Chunk& c, size_t) {
     const Entry& e = entries[c.entry];
     const RuleKernels& rule = rules[rules_[c.entry]];
     const bool narrow = e.state[0].data && e.state[0].dtype != Dtype::f32;
@@ -132,7 +116,7 @@ void Table::step(const std::vector<Scalars>& scalars, const std::vector<int32_t>
 void Table::scale_by_norms(std::vector<Scalars>& scalars, std::vector<int32_t>& which) {
   const RuleKernels* rules = kernels(active_isa()).rules;
   std::vector<double> sums(2 * chunks_.size());
-  for_chunks([&](const Chunk& c, size_t i) {
+  chunks_.for_each([&](const Chunk& c, size_t i) {
     const Entry& e = entries[c.entry];
     const RuleKernels& rule = rules[rules_[c.entry]];
     const NormsFn norms = e.p.dtype == Dtype::f64 ? rule.norms_double : rule.norms_float;

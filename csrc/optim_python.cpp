@@ -45,17 +45,21 @@ struct Counter {
 // What a parameter must still be for its entry to hold.
 struct Watch {
   py::object param, state, grad_dtype, grad_strides;  // grad_strides is None where the gradient must be contiguous
-  std::vector<std::pair<py::object, py::object>> values;
-  uintptr_t param_data, first_data;  // of the parameter and of the first of `values`
-  int64_t entry;                     // -1: a parameter without a gradient
-  bool local;                        // a DTensor, whose local tensor counts
+  struct Value {
+    py::object key, tensor;
+    uintptr_t data;  // 0 where being the same object is enough
+  };
+  std::vector<Value> values;  // of `state`
+  uintptr_t param_data;
+  int64_t entry;  // -1: a parameter without a gradient
+  bool local;     // a DTensor, whose local tensor counts
 };
 
 // Methods and names that refresh calls for every parameter.
 struct Names {
   py::object tensor = py::module_::import("torch").attr("Tensor");
   py::object data_ptr = tensor.attr("data_ptr"), is_contiguous = tensor.attr("is_contiguous"),
-             stride = tensor.attr("stride"), is_conj = tensor.attr("is_conj");
+             stride = tensor.attr("stride");
   py::str grad{"grad"}, dtype{"dtype"}, local{"_local_tensor"}, params{"params"};
   static const Names& get() {
     static const Names* names = new Names();  // never freed: the interpreter may be gone by then
@@ -104,13 +108,15 @@ class PyTable {
   }
 
   void watch(py::object param, bool local, py::object grad_dtype, py::object grad_strides, py::object state,
-             const py::dict& values, int64_t entry) {
-    Watch w{param, state, grad_dtype, grad_strides, {}, 0, 0, entry, local};
+             const py::dict& values, const py::dict& counters, int64_t entry) {
+    Watch w{param, state, grad_dtype, grad_strides, {}, 0, entry, local};
     if (entry >= 0) {
-      for (const auto& [key, value] : values)
-        w.values.emplace_back(py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value));
       w.param_data = data_of(tensor_of(w, param));
-      w.first_data = w.values.empty() ? 0 : data_of(tensor_of(w, w.values[0].second));
+      for (const auto& [key, value] : values)
+        w.values.push_back({py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value),
+                            data_of(tensor_of(w, value))});
+      for (const auto& [key, value] : counters)
+        w.values.push_back({py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value), 0});
     }
     watches_.push_back(std::move(w));
   }
@@ -140,6 +146,8 @@ class PyTable {
     return true;
   }
 
+  auto chunks() const { return table_.chunks(); }
+
   double sum_squares() {
     py::gil_scoped_release release;
     return table_.sum_squares();
@@ -163,6 +171,20 @@ class PyTable {
       which_[i] = static_cast<int32_t>(last);
     }
     return combinations_;
+  }
+
+  // For another table over the same tensors: which combination each entry is of, where its gradient is now, and the
+  // count of a step by new scalars of each combination.
+  const std::vector<int32_t>& which() const { return which_; }
+  std::vector<uintptr_t> gradients() const {
+    std::vector<uintptr_t> found;
+    for (const Entry& e : table_.entries) found.push_back(reinterpret_cast<uintptr_t>(e.g.data));
+    return found;
+  }
+  void count(const std::vector<std::vector<double>>& scalars) {
+    for (size_t i = 0; i < which_.size(); i++)
+      for (size_t j = 0; j < counters_[i].size(); j++) counters_[i][j].write(scalars.at(which_[i]).at(j));
+    first_.assign(first_.size(), 0);
   }
 
   // One step. A row for each combination: c0 … c7, multiplier, decay, l2, threshold, ema_weight, new scalars.
@@ -223,10 +245,9 @@ class PyTable {
     if (w.grad_strides.is_none() ? call(names.is_contiguous, grad).ptr() != Py_True
                                  : !call(names.stride, grad).equal(w.grad_strides))
       return false;
-    for (size_t i = 0; i < w.values.size(); i++) {
-      const auto& [key, value] = w.values[i];
-      if (PyDict_GetItemWithError(w.state.ptr(), key.ptr()) != value.ptr()) return false;
-      if (i == 0 && data_of(tensor_of(w, value)) != w.first_data) return false;
+    for (const Watch::Value& v : w.values) {
+      if (PyDict_GetItemWithError(w.state.ptr(), v.key.ptr()) != v.tensor.ptr()) return false;
+      if (v.data && data_of(tensor_of(w, v.tensor)) != v.data) return false;
     }
     table_.entries[w.entry].g.data = reinterpret_cast<void*>(data_of(grad));
     return true;
@@ -250,9 +271,13 @@ void bind(py::module_& m) {
       .def("add", &PyTable::add)
       .def("watch", &PyTable::watch)
       .def("cut", &PyTable::cut)
+      .def("chunks", &PyTable::chunks)
       .def("refresh", &PyTable::refresh)
       .def("sum_squares", &PyTable::sum_squares)
       .def("combinations", &PyTable::combinations)
+      .def("which", &PyTable::which)
+      .def("gradients", &PyTable::gradients)
+      .def("count", &PyTable::count)
       .def("step", &PyTable::step);
 }
 

@@ -3,9 +3,11 @@
 
 #include <deque>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "optim.h"
+#include "optim_chunks.h"
 
 namespace pyops::optim {
 
@@ -24,21 +26,17 @@ class Table {
   // Steps tensor i by scalars[which[i]].
   void step(const std::vector<Scalars>& scalars, const std::vector<int32_t>& which, const Options& options);
 
+  // (entry, its first element, elements) of every chunk in order.
+  std::vector<std::tuple<int64_t, int64_t, int64_t>> chunks() const;
+
   std::vector<Entry> entries;
 
  private:
-  struct Chunk {
-    int32_t entry;
-    int64_t begin, end;  // blocks
-  };
-  template <class F>
-  void for_chunks(const F& work);
   // For entries whose rule scales its direction by norms: c[6] times ‖p‖/‖u‖.
   void scale_by_norms(std::vector<Scalars>& scalars, std::vector<int32_t>& which);
 
-  std::vector<int> rules_;  // of each entry
-  std::vector<Chunk> chunks_;
-  std::vector<int64_t> cost_;                 // of the chunks before one
+  std::vector<int> rules_;                    // of each entry
+  Chunks chunks_;                             // of blocks
   std::deque<std::vector<int64_t>> numbers_;  // what Entry::sizes and Operand::strides point to
 };
 

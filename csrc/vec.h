@@ -155,13 +155,24 @@ PYOPS_INLINE Vec max_magnitude(Vec m, Vec a) {
   }
   return m;
 }
-PYOPS_INLINE Vec floor(Vec a) {
-  PYOPS_LANES a.v[i] = std::floor(a.v[i]);
+// √a, 1/√a for a ≥ 0, and a / b, at worst with 13 bits; where a is finite, and 1/√0 is finite.
+PYOPS_INLINE Vec rough_sqrt(Vec a) { return sqrt(a); }
+PYOPS_INLINE Vec rough_rsqrt(Vec a) { return set1(1.0f) / sqrt(max(set1(1.17549435e-38f), a)); }
+PYOPS_INLINE Vec rough_div(Vec a, Vec b) { return a / b; }
+// a cut towards zero, where it fits an int32.
+PYOPS_INLINE Vec cut(Vec a) {
+  PYOPS_LANES a.v[i] = static_cast<float>(static_cast<int32_t>(a.v[i]));
   return a;
 }
-// sqrt and a / b within 2⁻¹³ at best; where a is finite.
-PYOPS_INLINE Vec rough_sqrt(Vec a) { return sqrt(a); }
-PYOPS_INLINE Vec rough_div(Vec a, Vec b) { return a / b; }
+// |a| with the sign of b, where a ≥ 0; and max(a, b > 0 ? 1 : 0).
+PYOPS_INLINE Vec with_sign(Vec a, Vec b) {
+  PYOPS_LANES a.v[i] = std::copysign(a.v[i], b.v[i]);
+  return a;
+}
+PYOPS_INLINE Vec one_if_positive(Vec b, Vec a) {
+  PYOPS_LANES a.v[i] = b.v[i] > 0 && !(a.v[i] > 1) ? 1.0f : a.v[i];
+  return a;
+}
 PYOPS_INLINE Vec load(const int8_t* p) {
   Vec r;
   PYOPS_LANES r.v[i] = p[i];
@@ -172,23 +183,34 @@ PYOPS_INLINE Vec load(const uint8_t* p) {
   PYOPS_LANES r.v[i] = p[i];
   return r;
 }
-// 64 floats, already within ±127 or 0 … 255, to the nearest int8 or uint8.
-template <class C, class F>
-PYOPS_INLINE void store_bytesx64(C* p, F&& part) {
-  for (int j = 0; j < 64; j += Vec::kLanes) {
-    const Vec a = round(part(j));
-    PYOPS_LANES p[j + i] = static_cast<C>(a.v[i]);
-  }
-}
+// 64 floats, already within ±127, to the nearest int8.
 template <class F>
 PYOPS_INLINE void store_int8x64(int8_t* p, F&& part) {
-  store_bytesx64(p, part);
+  for (int j = 0; j < 64; j += Vec::kLanes) {
+    const Vec a = round(part(j));
+    PYOPS_LANES p[j + i] = static_cast<int8_t>(a.v[i]);
+  }
+}
+// 64 floats cut towards zero and saturated.
+template <class C, class F>
+PYOPS_INLINE void store_cutx64(C* p, F&& part) {
+  constexpr float kLow = C(-1) > C(0) ? 0.0f : -127.0f, kHigh = C(-1) > C(0) ? 255.0f : 127.0f;
+  for (int j = 0; j < 64; j += Vec::kLanes) {
+    const Vec a = min(set1(kHigh), max(set1(kLow), part(j)));
+    PYOPS_LANES p[j + i] = static_cast<C>(a.v[i]);
+  }
 }
 
 // 32-bit unsigned integers, as many as a Vec has floats.
 struct Words {
   uint32_t v[Vec::kLanes];
 };
+PYOPS_INLINE Words load_words(const uint32_t* p) {
+  Words r;
+  PYOPS_LANES r.v[i] = p[i];
+  return r;
+}
+PYOPS_INLINE void store(uint32_t* p, Words a) { PYOPS_LANES p[i] = a.v[i]; }
 // first, first + 1, …
 PYOPS_INLINE Words words_from(uint32_t first) {
   Words r;
@@ -321,9 +343,18 @@ PYOPS_INLINE uint32_t max_magnitude_bits(Vec a) {
   m = _mm256_max_epi32(m, _mm256_shuffle_epi32(m, 0xb1));
   return static_cast<uint32_t>(_mm256_extract_epi32(m, 0));
 }
-PYOPS_INLINE Vec floor(Vec a) { return {_mm256_floor_ps(a.v)}; }
 PYOPS_INLINE Vec rough_sqrt(Vec a) { return sqrt(a); }
+PYOPS_INLINE Vec rough_rsqrt(Vec a) { return set1(1.0f) / sqrt(max(set1(0x1p-126f), a)); }
 PYOPS_INLINE Vec rough_div(Vec a, Vec b) { return a / b; }
+PYOPS_INLINE Vec cut(Vec a) { return {_mm256_cvtepi32_ps(_mm256_cvttps_epi32(a.v))}; }
+PYOPS_INLINE Vec with_sign(Vec a, Vec b) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_or_ps(a.v, _mm256_and_ps(sign, b.v))};
+}
+PYOPS_INLINE Vec one_if_positive(Vec b, Vec a) {
+  const __m256 positive = _mm256_cmp_ps(b.v, _mm256_setzero_ps(), _CMP_GT_OQ);
+  return {_mm256_max_ps(a.v, _mm256_and_ps(positive, _mm256_set1_ps(1.0f)))};
+}
 PYOPS_INLINE Vec load(const int8_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
 }
@@ -331,23 +362,28 @@ PYOPS_INLINE Vec load(const uint8_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
 }
 template <class C, class F>
-PYOPS_INLINE void store_bytesx64(C* p, F&& part) {
+PYOPS_INLINE void pack_bytesx64(C* p, F&& part) {
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   for (int j = 0; j < 64; j += 32) {
-    const __m256i ab = _mm256_packs_epi32(_mm256_cvtps_epi32(part(j).v), _mm256_cvtps_epi32(part(j + 8).v));
-    const __m256i cd = _mm256_packs_epi32(_mm256_cvtps_epi32(part(j + 16).v), _mm256_cvtps_epi32(part(j + 24).v));
+    const __m256i ab = _mm256_packs_epi32(part(j), part(j + 8)), cd = _mm256_packs_epi32(part(j + 16), part(j + 24));
     const __m256i q = C(-1) > C(0) ? _mm256_packus_epi16(ab, cd) : _mm256_packs_epi16(ab, cd);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + j), _mm256_permutevar8x32_epi32(q, order));
   }
 }
 template <class F>
 PYOPS_INLINE void store_int8x64(int8_t* p, F&& part) {
-  store_bytesx64(p, part);
+  pack_bytesx64(p, [&](int j) PYOPS_LAMBDA { return _mm256_cvtps_epi32(part(j).v); });
+}
+template <class C, class F>
+PYOPS_INLINE void store_cutx64(C* p, F&& part) {
+  pack_bytesx64(p, [&](int j) PYOPS_LAMBDA { return _mm256_cvttps_epi32(part(j).v); });
 }
 
 struct Words {
   __m256i v;
 };
+PYOPS_INLINE Words load_words(const uint32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+PYOPS_INLINE void store(uint32_t* p, Words a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
 PYOPS_INLINE Words words_from(uint32_t first) {
   return {_mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(first)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7))};
 }
@@ -475,10 +511,16 @@ PYOPS_INLINE Vec max_magnitude(Vec m, Vec a) {
 PYOPS_INLINE uint32_t max_magnitude_bits(Vec a) {
   return static_cast<uint32_t>(_mm512_reduce_max_epi32(_mm512_castps_si512(abs(a).v)));
 }
-PYOPS_INLINE Vec floor(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
-PYOPS_INLINE Vec rough_sqrt(Vec a) {
-  const __m512 tiny = _mm512_set1_ps(0x1p-126f);
-  return {_mm512_mul_ps(a.v, _mm512_rsqrt14_ps(_mm512_max_ps(tiny, a.v)))};
+PYOPS_INLINE Vec rough_rsqrt(Vec a) { return {_mm512_rsqrt14_ps(_mm512_max_ps(_mm512_set1_ps(0x1p-126f), a.v))}; }
+PYOPS_INLINE Vec rough_sqrt(Vec a) { return a * rough_rsqrt(a); }
+PYOPS_INLINE Vec cut(Vec a) { return {_mm512_cvtepi32_ps(_mm512_cvttps_epi32(a.v))}; }
+PYOPS_INLINE Vec with_sign(Vec a, Vec b) {
+  const __m512i size = _mm512_castps_si512(a.v), sign = _mm512_castps_si512(b.v);
+  return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_set1_epi32(INT32_MIN), sign, size, 0xea))};
+}
+PYOPS_INLINE Vec one_if_positive(Vec b, Vec a) {
+  const __mmask16 positive = _mm512_cmp_ps_mask(b.v, _mm512_setzero_ps(), _CMP_GT_OQ);
+  return {_mm512_mask_max_ps(a.v, positive, a.v, _mm512_set1_ps(1.0f))};
 }
 PYOPS_INLINE Vec rough_div(Vec a, Vec b) { return {_mm512_mul_ps(a.v, _mm512_rcp14_ps(b.v))}; }
 PYOPS_INLINE Vec load(const int8_t* p) {
@@ -488,21 +530,26 @@ PYOPS_INLINE Vec load(const uint8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
 template <class C, class F>
-PYOPS_INLINE void store_bytesx64(C* p, F&& part) {
+PYOPS_INLINE void pack_bytesx64(C* p, F&& part) {
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const __m512i ab = _mm512_packs_epi32(_mm512_cvtps_epi32(part(0).v), _mm512_cvtps_epi32(part(16).v));
-  const __m512i cd = _mm512_packs_epi32(_mm512_cvtps_epi32(part(32).v), _mm512_cvtps_epi32(part(48).v));
+  const __m512i ab = _mm512_packs_epi32(part(0), part(16)), cd = _mm512_packs_epi32(part(32), part(48));
   const __m512i q = C(-1) > C(0) ? _mm512_packus_epi16(ab, cd) : _mm512_packs_epi16(ab, cd);
   _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, q));
 }
 template <class F>
 PYOPS_INLINE void store_int8x64(int8_t* p, F&& part) {
-  store_bytesx64(p, part);
+  pack_bytesx64(p, [&](int j) PYOPS_LAMBDA { return _mm512_cvtps_epi32(part(j).v); });
+}
+template <class C, class F>
+PYOPS_INLINE void store_cutx64(C* p, F&& part) {
+  pack_bytesx64(p, [&](int j) PYOPS_LAMBDA { return _mm512_cvttps_epi32(part(j).v); });
 }
 
 struct Words {
   __m512i v;
 };
+PYOPS_INLINE Words load_words(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+PYOPS_INLINE void store(uint32_t* p, Words a) { _mm512_storeu_si512(p, a.v); }
 PYOPS_INLINE Words words_from(uint32_t first) {
   const __m512i count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   return {_mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)), count)};

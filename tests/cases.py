@@ -9,6 +9,7 @@ import torch
 
 from pyops import backend, ops
 from pyops.ops import optim_codec
+from pyops.ops.adafactor import state_shapes
 from pyops.ops.epilogue import ACTIVATIONS
 from pyops.ops.optim_rules import RULES
 
@@ -123,11 +124,32 @@ def _optim_step_samples(requires_grad: bool) -> list[tuple]:
     return samples
 
 
+def _adafactor_step_samples(requires_grad: bool) -> list[tuple]:
+    """A matrix, a batch of matrices and a vector, plain and with everything around the step."""
+    samples = []
+    shapes = ((33, 65), (5, 3, 3), (7,))
+    for full in (False, True):
+        dtype = torch.bfloat16 if full else torch.float32
+        params, grads = ([randn(*shape, dtype=dtype, seed=seed) for shape in shapes] for seed in (0, 1))
+        states = [torch.zeros(size) for shape in shapes for size in state_shapes(shape).values()]
+        steps = [torch.zeros(()) for _ in shapes]
+        hyper = [0.01, 0.1, 1.0, 0.0, 0.001 * full, 0.9, -0.8, 1e-3, 1.0]
+        ema = [p.float() for p in params] if full else []
+        masks = [randn(*shape, seed=2) > 0 for shape in shapes] if full else []
+        more = (torch.tensor(0.02), torch.tensor(0.5), torch.zeros(())) if full else (None, None, None)
+        first = [2, 0, 0] if full else []
+        samples.append(
+            (params, grads, states, steps, hyper, 1e-6 if full else None, ema, masks, first, *more, full, full, 5, 0)
+        )
+    return samples
+
+
 def _optim_sum_squares_samples(requires_grad: bool) -> list[tuple]:
     return [([randn(3, 5), randn(7, dtype=torch.bfloat16), torch.empty(0), torch.tensor(2.0)],), ([randn(9).double()],)]
 
 
 OP_SAMPLES: dict[str, Callable[[bool], list[tuple]]] = {
+    "adafactor_step": _adafactor_step_samples,
     "int8_linear": _int8_linear_samples,
     "optim_step": _optim_step_samples,
     "optim_sum_squares": _optim_sum_squares_samples,

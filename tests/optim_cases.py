@@ -153,3 +153,13 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int, 
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def value_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Everything that a step may change."""
+    state = [t.clone() for s in optimizer.state.values() for t in s.values()]
+    return [p.detach().clone() for g in optimizer.param_groups for p in g["params"]] + state
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from pyops.bench import ceilings, report, timing
-from pyops.bench.case import load, op_names
-from pyops.bench.peers import select
+from pyops import backend
+from pyops.bench import ceilings, optim, optim_peers, optim_shapes, report, timing
+from pyops.bench.case import Pass, load, op_names
+from pyops.bench.peers import Peer, select
 from pyops.bench.run import main
 
 TINY = '''
@@ -224,6 +226,16 @@ def test_list(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
     assert "onnxruntime" in text
 
 
+RESULTS = sorted((Path(__file__).parents[1] / "bench" / "results").glob("*.json"))
+
+
+@pytest.mark.skipif(not RESULTS, reason="no results in this checkout")
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_committed_results_can_be_drawn(path: Path, tmp_path: Path) -> None:
+    assert main(["--replot", str(path), "--plot", str(tmp_path / "plot.png")]) == 0
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
 def test_every_op_is_well_formed() -> None:
     """Case names are unique, what a case or op names exists, and inputs, oracle and reference fit together."""
     for name in op_names():
@@ -237,16 +249,237 @@ def test_every_op_is_well_formed() -> None:
         for peer in module.PEERS:
             assert peer.runs
             assert bool(peer.excluded) == (peer.role == "figure")
+        for case in op.cases:
+            covering = [peer for peer in module.PEERS if peer.covers(case)]
+            assert case.ours in {peer.name for peer in covering}
+            assert any(peer.role in report.COMPETING for peer in covering)
+            assert set(case.against or ()) <= {peer.name for peer in covering}
+            assert not case.passes or case.bytes == pytest.approx(sum(part.bytes for part in case.passes))
+            assert op.reference or case.ours_min_sqnr_db
+            assert set(op.cache_titles) >= ({"warm", "cold"} if case.cold else {"warm"})
         smallest = min(op.cases, key=lambda case: case.ops)
         inputs = op.make_inputs(smallest, torch.device("cpu"))
-        exact, quantized = op.oracle(inputs).numpy(), op.reference(inputs).numpy()
-        assert report.sqnr_db(quantized, exact) >= op.min_sqnr_db
+        exact = op.oracle(inputs).numpy()
+        assert np.isfinite(exact).all()
+        assert np.abs(exact).max() > 0
+        if op.reference:
+            assert report.sqnr_db(op.reference(inputs).numpy(), exact) >= op.min_sqnr_db
 
 
 def test_select_takes_prefixes() -> None:
     _, module = load("int8_linear")
     names = [peer.name for peer in select(module.PEERS, ["torch", "onnxruntime"])]
     assert names == ["pyops", "pyops-module", "torch-fp32", "torch-bf16", "torch-fp16", "onnxruntime", "torch-int_mm"]
+
+
+# ---------------------------------------------------------------------------------------------------- steps in place
+
+COUNTER = '''
+"""An op in place: x loses g, which is used up. Peers that do so, forget to, or do it by halves."""
+import time
+import torch
+from pyops.bench.case import Case, Op, Pass
+from pyops.bench.peers import Instance, Peer
+
+OP = Op(
+    name="counter",
+    title="counting",
+    cases=tuple(
+        Case(
+            name, "all", name, {"n": 64}, ops=64, bytes=64 * 12, source="a test", cold=False, target=1.5,
+            passes=(Pass(64 * 4, 1, 0), Pass(64 * 8, 0, 1)), against=against, ours_min_sqnr_db=100.0,
+        )
+        for name, against in (("open", None), ("closed", ("half",)))
+    ),
+    make_inputs=lambda case, device: {"x": torch.zeros(64), "g": torch.ones(64)},
+    oracle=lambda inputs: torch.full((64,), -3.0),
+    min_sqnr_db=5.0,
+    baseline="half",
+    peak=None,
+    inference=False,
+    checks="the count\'s SQNR",
+    ops_unit="Gcount/s",
+    cache_titles={"warm": "in place"},
+)
+
+
+class Ours(Peer):
+    name, role, runs, share, delay, restores = "pyops", "ours", "x -= g", 1.0, 0.0, True
+
+    def variants(self, inputs):
+        x, g = inputs["x"], inputs["g"]
+
+        def prepare():
+            if self.restores:
+                g.fill_(1)
+
+        def call():
+            assert g[0] == 1, "g was not restored"
+            time.sleep(self.delay)
+            x.sub_(g * self.share)
+            g.zero_()
+
+        def check():
+            for _ in range(3):
+                prepare()
+                call()
+            return x.clone()
+
+        return {"": lambda: Instance(call, check=check, prepare=prepare, note=lambda: f"{x[0]:.1f} at first")}
+
+
+class Half(Ours):
+    name, role, share, delay = "half", "baseline", 0.5, 0.004
+
+
+class Fast(Ours):
+    name, role, delay = "fast", "peer", 0.002
+
+
+class Forgetful(Ours):
+    name, role, restores = "forgetful", "peer", False
+
+
+class OpenOnly(Ours):
+    name, role, delay = "open-only", "peer", 0.003
+
+    @classmethod
+    def covers(cls, case):
+        return case.name == "open"
+
+
+PEERS = [Ours, Half, Fast, Forgetful, OpenOnly]
+'''
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
+    """The JSON and the path of one run of `counter`, with ceilings; its `half` has an SQNR of 6 dB."""
+    folder = tmp_path_factory.mktemp("counter")
+    (folder / "counter.py").write_text(COUNTER, encoding="utf-8")
+    target = folder / "counter.json"
+    assert main([str(folder / "counter.py"), "--quick", "--threads", "2", "--json", str(target)]) == 0
+    return json.loads(target.read_text(encoding="utf-8")), str(target)
+
+
+def test_steps_in_place_are_checked_and_restored(counted: tuple[dict, str]) -> None:
+    document, _ = counted
+    for row in _rows(document, "pyops"):
+        assert (row["status"], row["cache"], row["note"], row["sqnr_db"]) == ("ok", "warm", "-3.0 at first", None)
+        assert row["target"] == 1.5
+        assert row["limit"] == "memory"
+        assert row["fraction"] > 0
+    assert {row["reason"] for row in _rows(document, "forgetful")} == {"AssertionError: g was not restored"}
+    assert [row["sqnr_db"] for row in _rows(document, "half")] == [pytest.approx(20 * math.log10(2))] * 2
+
+
+def test_cases_choose_their_peers(counted: tuple[dict, str]) -> None:
+    """A peer that has nothing for a case is not in it; one that does not count there is only shown."""
+    document, path = counted
+    assert [row["case"] for row in _rows(document, "open-only")] == ["open"]
+    assert [row["role"] for row in _rows(document, "fast")] == ["peer", "figure"]
+    assert [(p["case"], p["best_peer"], p["target"]) for p in document["points"]] == [
+        ("open", "fast", 1.5),
+        ("closed", "half", 1.5),
+    ]
+    assert (document["ops_unit"], document["cache_titles"]) == ("Gcount/s", {"warm": "in place"})
+    assert main(["--replot", path]) == 0
+
+
+def test_ours_has_a_bound_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "counter.py"
+    path.write_text(COUNTER.replace('"x -= g", 1.0', '"x -= g", 0.9'), encoding="utf-8")
+    options = ["--quick", "--threads", "1", "--skip-ceilings", "--cases", "open", "--against", "half"]
+    assert main([str(path), *options, "--json", str(tmp_path / "counter.json")]) == 1
+    assert "the count's SQNR 20.0 dB, at least 100 dB is right" in capsys.readouterr().out
+
+
+def test_prepare_comes_before_every_call() -> None:
+    log: list[str] = []
+    samples = timing.samples_ms([lambda: log.append("call")], 0.2, torch.device("cpu"), [lambda: log.append("prepare")])
+    assert len(samples) >= 2
+    assert log == ["prepare", "call"] * (len(log) // 2)
+    with pytest.raises(ValueError, match="CUDA graph"):
+        timing.samples_ms([print], 1.0, torch.device("cuda"), [print])
+
+
+# ---------------------------------------------------------------------------------------------------------- optimizers
+
+SMALL_SHAPES = ((33, 65), (2, 3, 5), (1,), (300,), (96, 64))
+KINDS = {(case.rule, case.dtype, case.state_dtype, case.loop): case for case in reversed(optim.CASES)}
+"""One case of each kind, by what it does."""
+# torchao compiles for seconds.
+PAIRS = [(c, p) for c in KINDS.values() for p in optim_peers.PEERS if p.covers(c) and p.name != "torchao"]
+
+
+def _small(case: optim.OptimCase) -> optim.OptimCase:
+    dims = {"parameters": optim_shapes.parameters(SMALL_SHAPES)}
+    return dataclasses.replace(case, shapes=SMALL_SHAPES, dims=dims)
+
+
+def _result(case: optim.OptimCase, peer: type[Peer]) -> tuple[np.ndarray, np.ndarray]:
+    """(what the peer computes, what is right)."""
+    instance = peer(torch.device("cpu"), 1).variants(optim.make_inputs(case, torch.device("cpu")))[""]()
+    right = optim.oracle(optim.make_inputs(case, torch.device("cpu")))
+    return instance.check().float().numpy(), right.float().numpy()
+
+
+@pytest.mark.parametrize(("case", "peer"), PAIRS, ids=lambda value: value.name)
+def test_optimizers_are_right(case: optim.OptimCase, peer: type[Peer]) -> None:
+    case = _small(case)
+    result, right = _result(case, peer)
+    least = case.ours_min_sqnr_db if peer.role == "ours" else case.min_sqnr_db or optim.OP.min_sqnr_db
+    assert report.sqnr_db(result, right) >= least
+
+
+def test_a_wrong_step_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hyper-parameters that are a little off, gradients neither unscaled nor clipped, an average that is none."""
+    case = _small(KINDS["adamw", torch.float32, "float32", True])
+    exact, right = _result(case, optim_peers.TorchLoop)
+    assert report.sqnr_db(exact, right) > 100
+    n = len(right) // 3
+    assert not right[2 * n :].any()  # the gradients
+
+    def noise_db() -> float:
+        inexact, _ = _result(case, optim_peers.TorchLoop)
+        monkeypatch.undo()
+        return report.sqnr_db(inexact, right)
+
+    for wrong in ({"lr": 1.01e-3}, {"betas": (0.9, 0.998)}, {"weight_decay": 0.1}):
+        monkeypatch.setitem(optim.HYPER, "adamw", optim.HYPER["adamw"] | wrong)
+        assert noise_db() < 80
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda params, norm: None)
+    assert noise_db() < 80
+    monkeypatch.setattr(torch, "_amp_foreach_non_finite_check_and_unscale_", lambda grads, found, inverse: None)
+    assert noise_db() < 80
+    exact[n : 2 * n] = exact[:n]
+    assert report.sqnr_db(exact, right) < 80
+
+
+def test_optimizer_cases_hold_what_they_say() -> None:
+    by_name = {case.name: case for case in optim.CASES}
+    for name, tensors, count in (
+        ("large/adamw", 8, 8 * 2048**2),
+        ("resnet50", 161, 25_557_032),
+        ("bert6", 103, 66_955_008),
+    ):
+        assert (len(by_name[name].shapes), by_name[name].dims["parameters"]) == (tensors, count)
+    sizes = [shape[0] for shape in by_name["small-64-4096"].shapes]
+    assert (len(sizes), min(sizes) >= 64, max(sizes) <= 4096) == (1000, True, True)
+    bytes_each = {name: case.bytes / case.ops for name, case in by_name.items()}
+    assert bytes_each["large/sgd"] == bytes_each["large/lion"] == bytes_each["large/rmsprop"] == 20
+    assert bytes_each["large/adamw"] == bytes_each["large/adamax"] == bytes_each["resnet50"] == 28
+    assert (bytes_each["large/lamb"], bytes_each["large/adafactor"]) == (40, 24)
+    assert bytes_each["amp+clip+ema+zero/large"] == 44
+    assert (bytes_each["adamw-bf16-state"], bytes_each["bf16-stochastic"]) == (20, 14)
+    assert bytes_each["adamw-int8-state"] == pytest.approx(16, rel=0.01)
+
+
+def test_optimizer_benchmark_runs(tmp_path: Path) -> None:
+    options = ["--quick", "--threads", "1", "--skip-ceilings", "--cases", "small-64-4096", "--against", "torch-fused"]
+    assert main(["optim", *options, "--json", str(tmp_path / "optim.json")]) == 0
+    document = json.loads((tmp_path / "optim.json").read_text(encoding="utf-8"))
+    assert {row["peer"]: row["status"] for row in document["rows"]}["torch-fused"] == "ok"
 
 
 # ---------------------------------------------------------------------------------------------------------- arithmetic
@@ -283,7 +516,26 @@ def test_points_and_summary() -> None:
     assert part["worst"] == {"case": "c", "threads": 1, "cache": "warm", "best_peer": "b", "speedup": 0.5}
     assert part["geomean_over_baseline"] == pytest.approx(2.0)
     assert part["slower_than_baseline"] == ["c 1T warm"]
+    assert (part["targets"], part["missed"]) == (0, [])
     assert part["geomean_over_peer"] == pytest.approx({"b": 2.0, "p": 4.0, "kernel": 0.5})
+
+
+def test_targets_are_for_more_than_one_thread() -> None:
+    rows = [
+        *(_row("a", "us", "ours", 1.0, threads=n, target=3.0) for n in (1, 2)),
+        *(_row("a", "p", "peer", 2.0, threads=n) for n in (1, 2)),
+        _row("c", "us", "ours", 1.0, threads=2, target=1.5),
+        _row("c", "p", "peer", 2.0, threads=2),
+    ]
+    report.set_ratios(rows)
+    summary = report.summarize(rows)
+    assert (summary["1 thread, warm"]["targets"], summary["2 threads, warm"]["targets"]) == (0, 2)
+    assert summary["2 threads, warm"]["missed"] == [
+        {"case": "a", "threads": 2, "cache": "warm", "speedup": 2.0, "target": 3.0}
+    ]
+    peers = [{"name": "p", "excluded": ""}]
+    text = report.summary_text({"summary": summary, "peers": peers, "baseline": "b"})
+    assert text.count("1 of 2 reached; missed: a 2.00 of 3×") == 1
 
 
 def test_geomean_and_statistics() -> None:
@@ -308,6 +560,26 @@ def test_roof() -> None:
     assert ceilings.roof_ms(known, "int8_gops", ops=0, moved=1e6, working_set=2e6) == (0.1, "memory")
     assert ceilings.roof_ms(known, "int8_gops", ops=0, moved=1e6, working_set=500) == (0.01, "memory")
     assert ceilings.roof_ms({}, "int8_gops", 1, 1, 1) is None
+
+
+def test_roof_of_passes() -> None:
+    """Read-only passes at the bandwidth of reading, others at that of their mixture."""
+    known = {"read_gbs": {"1000": 10.0}, "update_gbs": {"1+3": {"1000": 20.0, "1000000": 5.0}}}
+    passes = (Pass(1000, 1, 0), Pass(7000, 1, 3))
+    assert [part.footprint for part in passes] == [1000, 4000]
+    assert ceilings.passes_ms(known, passes) == (pytest.approx(1e-4 + 3.5e-4), "memory")
+    assert ceilings.passes_ms(known, (Pass(7e6, 1, 3),)) == (pytest.approx(1.4), "memory")
+    assert ceilings.passes_ms(known, (Pass(1000, 1, 2),)) is None
+    assert ceilings.passes_ms({}, passes) is None
+
+
+@pytest.mark.skipif(not hasattr(backend.native, "update_bandwidth_gbs"), reason="without the compiled extension")
+def test_update_bandwidth() -> None:
+    for reads, updates in ((0, 1), (1, 3), (8, 8)):
+        assert backend.native.update_bandwidth_gbs(1 << 20, 2, reads, updates) > 0
+    for arguments in ((1 << 20, 0, 1, 1), (1 << 20, 1, 9, 1), (1 << 20, 1, 1, 0), (4096, 1, 1, 3)):
+        with pytest.raises(ValueError, match="must be"):
+            backend.native.update_bandwidth_gbs(*arguments)
 
 
 def test_layers_exceed_the_cache() -> None:

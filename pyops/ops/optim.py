@@ -17,6 +17,8 @@ are fp32 or fp64. bf16 parameters are rounded to nearest, or stochastically. If 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
@@ -93,26 +95,33 @@ def optim_step_ref(
         dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
         own, own_scales = states[i * k : (i + 1) * k], scales[i * k : (i + 1) * k] or [None] * k
         wide = [_load(s, q, dtype) for s, q in zip(own, own_scales, strict=True)]
-        new = _update(r, h, p.to(dtype), g.to(dtype), wide, c, multiplier)
+        new = updated(r, h, p.to(dtype), g.to(dtype), wide, c, multiplier)
         if masks and masks[i].numel():
             keep = masks[i].to(torch.bool)
             new = torch.where(keep, new, 0.0)
             wide = [torch.where(keep, w, 0.0) for w in wide]
         for j, (state, scale, value) in enumerate(zip(own, own_scales, wide, strict=True)):
             _store(state, scale, value, key, streams + j)
-        if ema:
-            average = ema[i]
-            average.copy_(new if fresh & FIRST_EMA else average + (new - average) * (1 - h["ema_decay"]))
-        if p.dtype == torch.bfloat16 and stochastic_rounding:
-            new = codec.round_to_bf16(new, codec.bits_like(p, key, streams + PARAM_STREAM))
-        p.copy_(new)
+        finish(p, new, ema[i] if ema else None, h, fresh, (key, streams) if stochastic_rounding else None)
         if zero_grad:
             g.zero_()
 
 
-def _update(
+def finish(
+    p: Tensor, new: Tensor, average: Tensor | None, h: Hyper, first: int, random: tuple[int, int] | None
+) -> None:
+    """Put `new` into p, rounded as `random` (key, stream of the parameter) says, and into p's average."""
+    if average is not None:
+        average.copy_(new if first & FIRST_EMA else average + (new - average) * (1 - h["ema_decay"]))
+    if p.dtype == torch.bfloat16 and random is not None:
+        new = codec.round_to_bf16(new, codec.bits_like(p, random[0], random[1] + PARAM_STREAM))
+    p.copy_(new)
+
+
+def updated(
     r: Rule, h: Hyper, p: Tensor, g: Tensor, states: list[Tensor], c: tuple, multiplier: Tensor | None
 ) -> Tensor:
+    """The new p by the rule and what surrounds it, unmasked; the states change in place. All in one dtype."""
     if multiplier is not None:
         g = g * multiplier.to(g.dtype)
     if h["maximize"]:
@@ -176,5 +185,100 @@ def _norm_fake(tensors: list[Tensor]) -> Tensor:
     return torch.empty((), dtype=torch.float64, device=tensors[0].device if tensors else "cpu")
 
 
-optim_step = register(SCHEMA, optim_step_ref, _fake, file="optim", native=True, triton=True)
-optim_sum_squares = register(NORM_SCHEMA, optim_sum_squares_ref, _norm_fake, file="optim", native=True, triton=True)
+optim_step_op = register(SCHEMA, optim_step_ref, _fake, file="optim", native=True, triton=True)
+_sum_squares = register(NORM_SCHEMA, optim_sum_squares_ref, _norm_fake, file="optim", native=True, triton=True)
+
+
+# ------------------------------------------------------------------------------------------------ public functions
+
+
+def optim_step(
+    rule: str,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Mapping[str, Sequence[Tensor]],
+    scalars: Mapping[str, Sequence[Tensor]],
+    hyper: Mapping[str, float],
+    *,
+    scales: Mapping[str, Sequence[Tensor]] | None = None,
+    ema: Sequence[Tensor] = (),
+    masks: Sequence[Tensor] = (),
+    first: Sequence[int] = (),
+    multiplier: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    zero_grad: bool = False,
+    stochastic_rounding: bool = False,
+    key: int = 0,
+    stream: int = 0,
+) -> None:
+    """Step `params` in place by a rule of `RULES`, without an optimizer object: the equation in this module's head.
+
+    Args:
+        rule: a name in `pyops.ops.optim_rules.RULES`.
+        params: fp32, bf16, fp16 or fp64, any shapes and strides, all on one device.
+        grads: one for each parameter, of its shape.
+        states: for each name in the rule's `states`, one tensor for each parameter, of its shape: fp32, bf16, or int8
+            (uint8 where the rule says `unsigned`) with scales; fp64 for fp64 parameters.
+        scalars: for each name in the rule's `scalars`, one 0-dim tensor for each parameter; "step" counts from 0.
+        hyper: "lr", and as far as they are not 0 "weight_decay", "decoupled", "maximize", "l1", "ema_decay" and those
+            of the rule's `hyper`.
+        scales: as `states`, fp32 of shape `optim_codec.scale_shape`, for 8-bit states.
+        ema: averages, fp32 or fp64, one for each parameter, or none at all.
+        masks: 0/1 of the parameters' shapes, an empty tensor for a parameter without one; or none at all.
+        first: FIRST_STATE | FIRST_EMA for each parameter whose states or average are new; or none at all.
+        multiplier: of every gradient, 0-dim.
+        found_inf: 0-dim; nothing changes if it is not 0.
+        zero_grad: set the gradients to zero.
+        stochastic_rounding: round bf16 parameters stochastically.
+        key, stream: fix the random bits; 32 bits for the step, and the position of the first parameter.
+
+    Raises:
+        ValueError: naming the argument, what it was and what is allowed.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule={rule!r} is not one of {', '.join(RULES)}")
+    r, n = RULES[rule], len(params)
+    known = (*COMMON, *r.hyper)
+    if "lr" not in hyper or not set(hyper) <= set(known):
+        raise ValueError(f"hyper has {', '.join(hyper)}; rule {rule!r} takes {', '.join(known)}, lr always")
+    for name, given, wanted in (("states", states, r.states), ("scalars", scalars, r.scalars)):
+        if set(given) != set(wanted):
+            raise ValueError(f"{name} has {', '.join(given) or 'nothing'}; rule {rule!r} needs {', '.join(wanted)}")
+    groups = {f"states[{name!r}]": states[name] for name in r.states}
+    groups |= {f"scalars[{name!r}]": scalars[name] for name in r.scalars} | {"grads": grads}
+    groups |= {name: t for name, t in (("ema", ema), ("masks", masks), ("first", first)) if len(t)}
+    for name, tensors in groups.items():
+        if len(tensors) != n:
+            raise ValueError(f"{name} has {len(tensors)} items for {n} params")
+    for name, tensors in groups.items():
+        if name.startswith(("states", "grads", "ema")):
+            for p, t in zip(params, tensors, strict=True):
+                if t.shape != p.shape or t.device != p.device:
+                    raise ValueError(f"{name}: {tuple(t.shape)} on {t.device} for {tuple(p.shape)} on {p.device}")
+    given_scales = scales or {}
+    none = torch.empty(0, device=params[0].device if n else "cpu")
+    flat_scales = [given_scales.get(name, [none] * n)[i] for i in range(n) for name in r.states] if scales else []
+    optim_step_op(
+        rule,
+        list(params),
+        list(grads),
+        [states[name][i] for i in range(n) for name in r.states],
+        [scalars[name][i] for i in range(n) for name in r.scalars],
+        [float(hyper.get(name, 0.0)) for name in known],
+        flat_scales,
+        list(ema),
+        list(masks),
+        list(first),
+        None,
+        multiplier,
+        found_inf,
+        zero_grad,
+        stochastic_rounding,
+        key,
+        stream,
+    )
+
+
+def optim_sum_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Σ x² over all elements of all tensors, fp64 [], the same for every number of threads."""
+    return _sum_squares(list(tensors))

@@ -7,9 +7,10 @@ values keep more of their precision, in signed states (int8) and in those that a
     signed     x = s·c·|c|/127²     c ∈ [-127, 127]
     unsigned   x = s·c²/255²        c ∈ [0, 255]
 
-Both round stochastically, so that the expectation of x is kept and a decay of one part in a thousand a step is not lost
-in rounding; a positive unsigned x never becomes 0, so that no update divides by a root that vanished. A block with NaN
-or Inf gets the scale NaN, one whose largest value is below 10⁻³³ or so the scale 0.
+Rounding is stochastic and keeps the expectation of x, so that a decay of one part in a thousand a step is not lost in
+it: with t = |x|·K²/s, K the largest code, and c = ⌊√t⌋ the code is c + 1 with the probability (t - c²)/((c + 1)² - c²).
+A positive unsigned x never becomes 0, so that no update divides by a root that vanished. A block with NaN or Inf gets
+the scale NaN, one whose largest value is below 10⁻³³ or so the scale 0.
 
 Randomness is a hash of (key, stream, index): the same on every backend, thread count and instruction set, and no memory
 is read for it. `mix` is the finalizer "lowbias32" of Chris Wellons' hash prospector; `random_bits` starts from a Weyl
@@ -101,7 +102,7 @@ def _largest(dtype: torch.dtype) -> float:
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     """int8 or uint8 codes and their scales → fp32."""
     c = _blocks(codes.float(), codes.shape)
-    s = scale.reshape(c.shape[0], -1, 1) * (1 / _largest(codes.dtype) ** 2)
+    s = scale.reshape(c.shape[0], c.shape[1], 1) * (1 / _largest(codes.dtype) ** 2)
     return _unblock(s * (c * c.abs()), codes.shape)
 
 
@@ -114,8 +115,8 @@ def quantize(x: Tensor, dtype: torch.dtype, bits: Tensor) -> tuple[Tensor, Tenso
     usable = (to_square < 3e38) & scale.isfinite()
     scale = torch.where(scale.isfinite(), torch.where(usable, scale, 0.0), torch.nan)
     u = _blocks((bits.float() * 2.0**-16).view(x.shape), x.shape)
-    square = torch.where(usable, blocks.abs() * to_square, 0.0)
-    c = square.sqrt().floor_().clamp_(max=largest - 1)
-    c = c + (square - c * c > u * (2 * c + 1))
-    c = torch.where(square > 0, c.clamp(min=1), 0.0) if unsigned else c * blocks.sign().nan_to_num(0.0)
+    t = torch.where(usable, blocks.abs() * to_square, 0.0)
+    c = t.sqrt().trunc()
+    c = (c + (t - c * c > u * (2 * c + 1))).clamp_(max=largest)
+    c = torch.where(t > 0, c.clamp(min=1), c) if unsigned else c * blocks.sign().nan_to_num(0.0)
     return _unblock(c, x.shape).to(dtype), scale.view(scale_shape(x.shape))

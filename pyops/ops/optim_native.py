@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pyops import backend
-from pyops.ops.optim import FIRST_EMA, FIRST_STATE, STREAMS_PER_PARAM, hyper_dict
+from pyops.ops import optim_codec as codec
+from pyops.ops.optim import FIRST_EMA, FIRST_STATE, PARAM_DTYPES, STREAMS_PER_PARAM, hyper_dict
 from pyops.ops.optim_rules import RULES, Hyper, Rule
 
 COEFFICIENTS = 8
@@ -52,6 +53,7 @@ def add_entry(
 
     The table keeps addresses: whoever calls this keeps the tensors.
     """
+    _check(rule, p, g, states, scales, scalars, ema, mask)
     narrow = any(s is not None and s.numel() for s in scales)
     operands = [p, g, *states, *[None] * (3 - len(states)), ema]
     given = [t for t in operands if t is not None]
@@ -76,6 +78,43 @@ def add_entry(
         group,
         first,
     )
+
+
+def _check(rule, p, g, states, scales, scalars, ema, mask) -> None:
+    """Raise ValueError for what would make the kernel read or write beyond a tensor."""
+    for name, t in (
+        ("grads", g),
+        *((f"states ({n})", s) for n, s in zip(rule.states, states, strict=True)),
+        ("ema", ema),
+    ):
+        if t is not None and (t.shape != p.shape or t.device != p.device or t.dtype not in CODES):
+            raise ValueError(
+                f"{name}: {t.dtype} {tuple(t.shape)} on {t.device} does not fit {p.dtype} {tuple(p.shape)}"
+            )
+    if p.dtype not in PARAM_DTYPES or g.dtype not in PARAM_DTYPES:
+        raise ValueError(f"params, grads are {p.dtype}, {g.dtype}; allowed: {', '.join(map(str, PARAM_DTYPES))}")
+    if mask is not None and mask.shape != p.shape:
+        raise ValueError(f"masks: {tuple(mask.shape)} does not fit {tuple(p.shape)}")
+    for t in scalars:
+        if t.numel() != 1 or t.dtype not in (torch.float32, torch.float64) or t.device.type != "cpu":
+            raise ValueError(f"scalars: {t.dtype} {tuple(t.shape)} on {t.device}; allowed: one fp32 or fp64 on the CPU")
+    wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+    if ema is not None and ema.dtype != wide:
+        raise ValueError(f"ema is {ema.dtype}; averages of {p.dtype} parameters are {wide}")
+    for name, t, scale in zip(rule.states, states, scales or [None] * len(states), strict=True):
+        scaled = scale is not None and scale.numel() > 0
+        if scaled != (t.dtype in (torch.int8, torch.uint8)) and t.numel():
+            raise ValueError(f"scales: state {name} is {t.dtype}; those of 8 bits have scales, others none")
+        if scaled and (tuple(scale.shape) != codec.scale_shape(p.shape) or not scale.is_contiguous()):
+            raise ValueError(
+                f"scales: {tuple(scale.shape)} for {name}, expected {codec.scale_shape(p.shape)}, contiguous"
+            )
+        if scaled and (scale.dtype != torch.float32 or wide != torch.float32 or not t.is_contiguous()):
+            raise ValueError(f"scales: 8-bit state {name} must be contiguous, with fp32 scales and no fp64 parameter")
+        if t.dtype not in (wide, torch.int8, torch.uint8, torch.bfloat16) or (
+            wide == torch.float64 and t.dtype != wide
+        ):
+            raise ValueError(f"states: {name} is {t.dtype}, of a {p.dtype} parameter")
 
 
 def layout_of_mask(mask: Tensor, p: Tensor) -> Tensor:

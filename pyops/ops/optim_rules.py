@@ -52,6 +52,13 @@ class Rule:
     """True if the weight decay is part of the update itself: none is applied before it."""
     whole_tensor: bool = False
     """True if the update needs sums over the tensor: it takes several passes."""
+    shapes: Callable[[torch.Size], dict[str, tuple[int, ...]]] | None = None
+    """Shape of a parameter → those of `states` that it has, with their shapes, where this is not all of them in the
+    parameter's shape. Such states are small, and always held wide."""
+
+    def shapes_of(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
+        """The states of a parameter of `shape`, and their shapes."""
+        return self.shapes(shape) if self.shapes else dict.fromkeys(self.states, shape)
 
 
 COMMON = ("lr", "weight_decay", "decoupled", "maximize", "l1", "ema_decay")

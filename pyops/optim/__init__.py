@@ -1,6 +1,7 @@
 """Drop-ins for `torch.optim`: a step is one pass over memory, with clipping, averaging, masking and more folded in."""
 
 from pyops.optim.adadelta import Adadelta
+from pyops.optim.adafactor import Adafactor
 from pyops.optim.adagrad import Adagrad
 from pyops.optim.adam import Adam, AdamW
 from pyops.optim.adamax import Adamax
@@ -18,6 +19,7 @@ __all__ = [
     "LAMB",
     "SGD",
     "Adadelta",
+    "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",

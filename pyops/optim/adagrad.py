@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from pyops.ops.optim_rules import ADAGRAD
+from pyops.optim import ema
 from pyops.optim.base import FusedOptimizer, number
 from pyops.optim.collect import Collector
 from pyops.optim.options import StepOptions, check_lr, check_not_negative
+from pyops.optim.state import WIDE
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -70,6 +72,8 @@ class Adagrad(FusedOptimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 collector.make_states(p, group, ADAGRAD)
+                if self.options.ema_decay is not None:  # checkpoints load what they find, and find states
+                    self.state[p][ema.KEY] = p.detach().to(WIDE[p.dtype], copy=True)
 
     def _initial(self, name: str, p: Tensor) -> complex:
         if name != "sum":

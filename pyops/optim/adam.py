@@ -57,6 +57,8 @@ class Adam(FusedOptimizer):
         check_lr(lr)
         check_betas(betas)
         check_not_negative(eps=eps, weight_decay=weight_decay)
+        if not any(all(isinstance(b, kind) for b in betas) for kind in (float, Tensor)):
+            raise ValueError("betas must be either both floats or both Tensors")
         defaults = {
             "lr": lr,
             "betas": tuple(b.squeeze() if isinstance(b, Tensor) else b for b in betas),

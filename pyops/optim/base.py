@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from pyops.ops import optim_codec as codec
+from pyops.ops.optim import optim_step_op
 from pyops.ops.optim_rules import COMMON, Rule
 from pyops.optim import checkpoint, ema
 from pyops.optim.collect import Call, Collector
@@ -43,7 +44,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     """Every rule of this class: their states are those that a checkpoint may hold."""
     decoupled: ClassVar[bool] = False
     """Where groups do not say: True if weight decay acts on the parameter and not on the gradient."""
+    tables: ClassVar[type[Table]] = Table
+    """What keeps the calls from step to step."""
     takes_sparse: ClassVar[bool] = False
+    takes_complex: ClassVar[bool] = True
     sparse_hint: ClassVar[str] = ""
     """What to use instead, for the error about sparse gradients."""
     _step_supports_amp_scaling = True  # GradScaler reads it
@@ -63,6 +67,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The value with which a state or scalar of p starts."""
         return 1.0 if name == "mu_product" else 0.0
 
+    def _run(self, call: Call, multiplier: Tensor | None, found_inf: Tensor | None, key: int) -> None:
+        """Have the op step the parameters of `call`."""
+        o = self.options
+        hyper, lr = self._hyper(call)
+        optim_step_op(
+            *(call.rule.name, call.params, call.grads, call.states, call.scalars, hyper, call.scales, call.ema),
+            *(call.masks, call.first, lr, multiplier, found_inf, o.zero_grad, o.stochastic_rounding, key, call.stream),
+        )
+
     def _sparse_step(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
         """The step of a parameter whose gradient is sparse, with the sign and scale of g already applied."""
         raise NotImplementedError
@@ -72,6 +85,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """As torch's. Parameters that the options do not fit raise ValueError, and the group is not added."""
         if isinstance(param_group, dict):
             check_number("l1", param_group.get("l1", 0.0))
+            if self.options.random:
+                param_group.setdefault("rounding_step", 0)  # for checkpoints, which load what they find here
         super().add_param_group(param_group)
         try:
             for p in param_group["params"]:
@@ -113,7 +128,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._take_back(collector)
         else:
             work.step(self, multiplier, found_inf, self._next_key())
-        if found_inf is not None and self.options.zero_grad:  # the op leaves the gradients of a step that it skips
+        # The op leaves the gradients of a step that it skips; on a device the host does not know whether it did.
+        unknown = found_inf is not None and found_inf.device.type != "cpu"
+        if self.options.zero_grad and (skip or unknown):
             for p in (p for call in work.calls for p in call.originals):
                 p.grad.zero_()
 
@@ -123,7 +140,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._table = None
             self._masks.refresh()
             calls = collector.calls()
-            self._table = Table.of(self, calls)
+            self._table = self.tables.of(self, calls)
             return self._table or Calls(calls)
         return self._table
 
@@ -213,7 +230,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As torch; groups of older versions get the defaults of newer keys."""
+        defaults = dict(state.get("defaults") or self.defaults)
         super().__setstate__(state)
+        self.defaults = defaults  # torch adds "differentiable", which some classes do not have
         self._table = None
         for group in self.param_groups:
             for name, default in self.defaults.items():

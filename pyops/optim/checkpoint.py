@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 OWN_GROUP_KEYS = ("l1", "rounding_step")
 """Keys of groups that torch.optim does not know."""
-TELLING = ("lr", "betas", "alpha", "rho", "lr_decay", "dampening", "momentum_decay")
+TELLING = ("lr", "betas", "alpha", "rho", "lr_decay", "dampening", "momentum_decay", "beta2_decay")
 """Keys that every version of torch has put into the groups of the algorithms that have them: they tell them apart."""
 
 Groups = list[dict[str, Any]]
@@ -64,7 +64,7 @@ def _groups(optimizer: FusedOptimizer, saved_groups: Groups) -> Groups:
         for key in TELLING:
             if key in optimizer.defaults and key not in saved:
                 raise ValueError(
-                    f"loaded state dict: group {i} has no {key!r}; it is none of {type(optimizer).__name__}"
+                    f"loaded state dict: group {i} has no {key!r}, so that it is none of {type(optimizer).__name__}"
                 )
         saved["params"] = group["params"]
         if "param_names" in group:
@@ -91,8 +91,9 @@ class _Reader:
         self.p, self.group, self.label = p, group, label
         self.rule = optimizer._rule(group)
         self.name = type(optimizer).__name__
-        self.state_dtype = optimizer.options.state_dtype
-        self.states = {n: n in rule.unsigned for rule in optimizer.rules for n in rule.states}
+        self.state_dtype = "float32" if self.rule.shapes else optimizer.options.state_dtype
+        self.shapes = {n: shape for rule in optimizer.rules for n, shape in rule.shapes_of(p.shape).items()}
+        self.states = {n: n in rule.unsigned for rule in optimizer.rules for n in rule.states if n in self.shapes}
         self.scalars = {n for rule in optimizer.rules for n in rule.scalars}
 
     def read(self, saved: Any) -> dict[str, Any]:
@@ -120,7 +121,7 @@ class _Reader:
             if not known and not (base in self.states and base in saved):
                 raise self._error(name, f"is no state of {self.name}")
         if set(saved) - {ema.KEY} and self.rule.first is None:
-            for name in (*self.rule.scalars, *self.rule.states):
+            for name in (*self.rule.scalars, *self.rule.shapes_of(self.p.shape)):
                 if name not in saved:
                     raise self._error(name, f"is missing, which {self.name} needs")
 
@@ -145,7 +146,8 @@ class _Reader:
         p = self.p
         if not isinstance(value, Tensor):
             raise self._error(name, f"is a {type(value).__name__}; allowed: a tensor")
-        if value.shape != p.shape:
+        shape = self.shapes.get(name, p.shape)
+        if value.shape != shape:
             raise self._error(name, f"has shape {tuple(value.shape)}, the parameter {tuple(p.shape)}")
         if value.layout != torch.strided:  # the momentum of sparse gradients
             if self.rule.first is None:
@@ -164,7 +166,9 @@ class _Reader:
             raise self._error(name, f"is {value.dtype} and has scales; allowed: {CODES}")
         elif value.dtype not in WIDE or value.is_complex() != p.is_complex():
             raise self._error(name, f"is {value.dtype}, the parameter {p.dtype}")
-        state, own_scale = make(p, dtype)
+        elif name in self.states and _are_codes(local(value)):
+            raise self._error(name, "holds 8-bit codes without their scales; load them with state_dtype='int8'")
+        state, own_scale = make(p, dtype, shape)
         write(state, own_scale, self._shard(name, value).to(p.device))
         return state, own_scale
 
@@ -188,6 +192,16 @@ class _Reader:
             return shard_as(value, self.p)
         except ValueError as error:
             raise self._error(name, str(error)) from None
+
+
+def _are_codes(value: Tensor) -> bool:
+    """True if floats can only be codes: integers, of which the largest is one that a block has at its largest value.
+
+    `torch.distributed.checkpoint` copies an int8 state into a tensor of any dtype that it finds under the same name.
+    """
+    if value.is_meta or value.is_complex() or not value.numel():
+        return False
+    return value.abs().max().item() in (126, 127, 254, 255) and bool((value == value.round()).all())
 
 
 def scalar_dtype() -> torch.dtype:

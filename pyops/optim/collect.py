@@ -44,6 +44,8 @@ class Call:
     first: list[int] = field(default_factory=list)
     newly_masked: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """(average, mask) where the mask is new: the op would let such an average decay to zero."""
+    copied: list[Tensor] = field(default_factory=list)
+    """Gradients that were not placed as their parameters are: `grads` has copies of them."""
     specs: list[distributed.Spec | None] = field(default_factory=list)
     """How DTensors are laid out; empty if there are none."""
 
@@ -94,9 +96,10 @@ class Collector:
 
     def _add(self, call: Call, p: Tensor, g: Tensor) -> None:
         rule, masks = call.rule, self.optimizer._masks
-        state = self.optimizer.state[p] if rule.states or rule.scalars or self.averaged else {}
+        shapes = rule.shapes_of(p.shape)
+        state = self.optimizer.state[p] if shapes or rule.scalars or self.averaged else {}
         made = len(self.made)
-        if not all(name in state for name in (*rule.scalars, *rule.states)):
+        if not all(name in state for name in (*rule.scalars, *shapes)):
             self.make_states(p, call.group, rule)
         first = FIRST_STATE if len(self.made) > made else 0
         # What the op gets is nearly always the tensor itself, and this is done for every parameter at every step.
@@ -104,22 +107,26 @@ class Collector:
         given = _itself if as_is else real
         for name in rule.scalars:
             call.scalars.append(state[name])
-        for name in rule.states:
-            call.states.append(given(self._fitting(state[name], p, call.device, name)))
+        for name, shape in shapes.items():
+            call.states.append(given(self._fitting(state[name], p, call.device, name, shape)))
             scale = state.get(name + SCALE)
             call.scales.append(self._none(call.device) if scale is None else distributed.local(scale))
         mask, is_new = masks.get(p) if masks else (None, False)
         call.masks.append(self._none(call.device) if mask is None else mask)
         if self.averaged:
-            if ema.KEY not in state:
-                self._put(p, ema.KEY, make(p, WIDE[p.dtype])[0])
+            if not ema.begun(state):
+                if ema.KEY not in state:
+                    self._put(p, ema.KEY, make(p, WIDE[p.dtype])[0])
                 first |= FIRST_EMA
-            call.ema.append(given(self._fitting(state[ema.KEY], p, call.device, ema.KEY)))
+            call.ema.append(given(self._fitting(state[ema.KEY], p, call.device, ema.KEY, p.shape)))
             if is_new and not first & FIRST_EMA:
                 call.newly_masked.append((call.ema[-1], mask))
         call.first.append(first)
         call.params.append(given(p))
-        call.grads.append(given(g))
+        placed = g if as_is else distributed.placed_as(g, p)
+        if placed is not g:
+            call.copied.append(g)
+        call.grads.append(given(placed))
         call.specs.append(None if as_is else distributed.spec_of(p))
 
     def make_states(self, p: Tensor, group: dict[str, Any], rule: Rule) -> None:
@@ -129,10 +136,11 @@ class Collector:
             if name not in state:
                 device = p.device if group.get("capturable") else "cpu"
                 self._put(p, name, torch.full((), optimizer._initial(name, p), dtype=scalar_dtype(), device=device))
-        for name in rule.states:
+        for name, shape in rule.shapes_of(p.shape).items():
             if name not in state:
                 unsigned = name in rule.unsigned
-                tensor, scale = make(p, stored_dtype(p, optimizer.options.state_dtype, unsigned))
+                state_dtype = "float32" if rule.shapes else optimizer.options.state_dtype
+                tensor, scale = make(p, stored_dtype(p, state_dtype, unsigned), shape)
                 value = optimizer._initial(name, p)
                 if value:
                     write(tensor, scale, torch.full_like(distributed.local(p), value, dtype=WIDE[p.dtype]))
@@ -159,6 +167,8 @@ class Collector:
     def _check(self, call: Call, p: Tensor, g: Tensor) -> None:
         """Raise, as torch would, for what no rule can step."""
         problem: str | None = None
+        if p.is_complex() and not self.optimizer.takes_complex:
+            raise RuntimeError(f"{self.name} does not support complex parameters")
         if g.layout != torch.strided:
             self._check_sparse(g, call.group)
         elif p.dtype not in WIDE or g.dtype not in WIDE or p.is_complex() != g.is_complex():
@@ -199,8 +209,8 @@ class Collector:
             if unfit:
                 raise RuntimeError(f"{self.name}: {key} option is not compatible with sparse gradients")
 
-    def _fitting(self, state: Tensor, p: Tensor, device: torch.device, name: str) -> Tensor:
-        if state.shape != p.shape or state.device != device or state.layout != torch.strided:
+    def _fitting(self, state: Tensor, p: Tensor, device: torch.device, name: str, shape: tuple[int, ...]) -> Tensor:
+        if state.shape != shape or state.device != device or state.layout != torch.strided:
             raise RuntimeError(
                 f"{self.name}: state {name!r} of {self._label(p)} is {tuple(state.shape)} {state.layout} on "
                 f"{state.device}, the parameter {tuple(p.shape)} on {device}"

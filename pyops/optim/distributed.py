@@ -5,10 +5,13 @@ What acts elementwise needs nothing else: states, averages and masks are sharded
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from pyops.ops.optim_codec import BLOCK
 
 PLAIN = (Tensor, torch.nn.Parameter)
 Spec = tuple[Any, tuple]
@@ -36,31 +39,47 @@ def spec_of(t: Tensor) -> Spec | None:
 
 def is_sharded(spec: Spec | None) -> bool:
     """True if a rank may hold only a part."""
-    return spec is not None and not all(placement.is_replicate() for placement in spec[1])
+    return bool(_cuts(spec))
+
+
+def _cuts(spec: Spec | None) -> list[int]:
+    """The dimensions of the mesh along which tensors are cut."""
+    mesh, placements = spec or (None, ())
+    return [i for i, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(i) > 1]
 
 
 def check_grad(p: Tensor, g: Tensor) -> str | None:
-    """Why a kernel cannot take the local shards of p and g together; None if it can."""
+    """Why p cannot be stepped by g, if one of them is a DTensor; None if it can."""
     spec, of_grad = spec_of(p), spec_of(g)
     if spec is None and of_grad is None:
         return None
     if spec is None or of_grad is None:
         return "only one of parameter and gradient is a DTensor"
-    if any(placement.is_partial() for placement in of_grad[1]):
-        return f"its gradient is not reduced yet: placements {of_grad[1]}"
-    if spec != of_grad:
-        return f"it is placed {spec[1]} on {spec[0]}, its gradient {of_grad[1]} on {of_grad[0]}"
+    if spec[0] != of_grad[0]:
+        return f"it is on {spec[0]}, its gradient on {of_grad[0]}"
     return None
 
 
-def keeps_blocks(spec: Spec | None, dim: int) -> bool:
-    """True if shards are whole slices along dimension 0, so that no block of 8-bit state is cut."""
+def placed_as(g: Tensor, p: Tensor) -> Tensor:
+    """The gradient g as its parameter p is placed: itself, or a copy where it is not.
+
+    Of a replicated parameter that acts on sharded activations (`SequenceParallel`) it comes as parts still to be added.
+    """
+    spec = spec_of(p)
+    return g if spec_of(g) == spec else g.redistribute(placements=spec[1])
+
+
+def keeps_blocks(spec: Spec | None, shape: tuple[int, ...]) -> bool:
+    """True if no shard cuts a block of 8-bit state: each has whole slices along dimension 0, or of 1-D whole blocks."""
     if spec is None:
         return True
     from torch.distributed.tensor import Replicate, Shard
 
-    whole = all(type(pl) is Replicate or (type(pl) is Shard and pl.dim == 0) for pl in spec[1])
-    return whole and (dim > 1 or not is_sharded(spec))
+    mesh, placements = spec
+    if not all(type(pl) is Replicate or (type(pl) is Shard and pl.dim == 0) for pl in placements):
+        return False
+    cuts = _cuts(spec)
+    return len(shape) > 1 or not cuts or (len(cuts) == 1 and -(-shape[0] // mesh.size(cuts[0])) % BLOCK == 0)
 
 
 def like(shard: Tensor, p: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -93,13 +112,28 @@ def shard_as(t: Tensor, p: Tensor) -> Tensor:
     return local(distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None))
 
 
+def reshard(params: Iterable[Tensor]) -> None:
+    """Have FSDP2 gather anew what was changed, if any is of DTensors, outside of training.
+
+    A root module keeps its gathered parameters from a forward without backward to the next one.
+    """
+    if not any(map(is_dtensor, params)):
+        return
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in list(_module_state_mapping):
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def all_reduce(total: Tensor, spec: Spec | None) -> Tensor:
     """Sum `total` over the ranks that hold different parts of tensors laid out as `spec`; replicas count once."""
-    if spec is None or not is_sharded(spec):
+    cuts = _cuts(spec)
+    if not cuts:
         return total
-    mesh, placements = spec
+    mesh = spec[0]
     moved = total.to(mesh.device_type)  # where the backend of the mesh can reduce it
-    for dim, placement in enumerate(placements):
-        if not placement.is_replicate():
-            torch.distributed.all_reduce(moved, group=mesh.get_group(dim))
+    for dim in cuts:
+        torch.distributed.all_reduce(moved, group=mesh.get_group(dim))
     return moved.to(total.device)

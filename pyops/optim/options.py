@@ -17,7 +17,8 @@ class StepOptions(TypedDict, total=False):
     """Keyword arguments that every optimizer of `pyops.optim` takes beside those of its namesake in `torch.optim`.
 
     max_grad_norm: clip the gradients by their global norm, as `torch.nn.utils.clip_grad_norm_` does, without writing
-        them back. The norm is then in `optimizer.grad_norm`.
+        them back. The norm is then in `optimizer.grad_norm`. It is that of this optimizer's gradients, over all ranks
+        if they are DTensors. Where each rank's has but a part of them (`ZeroRedundancyOptimizer`, FSDP1), clip before.
     error_if_nonfinite: raise RuntimeError, before anything changes, if that norm is NaN or infinite; under a GradScaler
         the step is skipped instead. None (default) means: if `max_grad_norm` is set. The check reads one number from
         the device.

@@ -46,13 +46,21 @@ def stored_dtype(p: Tensor, state_dtype: str, unsigned: bool) -> torch.dtype:
 
 
 def _worth_quantizing(p: Tensor) -> bool:
-    if p.dim() == 0 or p.numel() < MIN_NUMEL or not keeps_blocks(spec_of(p), p.dim()):
+    if p.dim() == 0 or p.numel() < MIN_NUMEL or not keeps_blocks(spec_of(p), p.shape):
         return False
     return p.dim() == 1 or p.numel() // p.shape[0] >= MIN_ROW
 
 
-def make(p: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """(zeros as state of p, their scales if `dtype` is of 8 bits); placed as p is."""
+def make(p: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor | None]:
+    """(zeros as state of p, their scales if `dtype` is of 8 bits); placed as p is.
+
+    Of another `shape` than p's, they have their dimensions in memory in p's order.
+    """
+    if shape is not None and shape != p.shape:
+        strides = torch.empty_like(local(p), device="meta").stride()
+        order = sorted(range(p.dim()), key=lambda i: (-strides[i], i))
+        zeros = torch.zeros([shape[i] for i in order], dtype=dtype, device=p.device)
+        return like(zeros.permute([order.index(i) for i in range(p.dim())]), p, shape), None
     if dtype not in CODES:
         return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False), None
     here = local(p)

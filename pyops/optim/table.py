@@ -16,7 +16,9 @@ from torch import Tensor
 from pyops import backend
 from pyops.ops import optim as op
 from pyops.ops import optim_native
+from pyops.ops.optim_rules import Rule
 from pyops.optim import distributed
+from pyops.optim.collect import real
 from pyops.optim.state import SCALE
 
 if TYPE_CHECKING:
@@ -30,35 +32,35 @@ class Table:
     def __init__(self, optimizer: FusedOptimizer, calls: list[Call]) -> None:
         self._native = backend.native.OptimTable()
         self._state = optimizer.state
+        self._averaged = optimizer.options.ema_decay is not None
         self._rules = [optimizer._rule(group) for group in optimizer.param_groups]
         self._masks: list[Tensor | None] = []
         self._kept: list[Tensor] = []  # masks in the order of their parameters
         self.params: list[Tensor] = []
         self.calls = calls
-        self.spec = next((spec for call in calls for spec in call.specs), None)
+        self._by_spec: dict[distributed.Spec | None, list[Tensor]] = {}
         entries: dict[Tensor, tuple[int, Tensor]] = {}
         for i, call in enumerate(calls):
             for j, p in enumerate(call.originals):
                 entries[p] = self._add(i, call, j), call.grads[j]
+                self._by_spec.setdefault(call.specs[j] if call.specs else None, []).append(p)
             self.params += call.originals
             call.grads = []  # the table must not keep gradients alive that the next backward replaces
-        names = {group_rule: [*group_rule.scalars, *group_rule.states] for group_rule in self._rules}
         for group, rule in zip(optimizer.param_groups, self._rules, strict=True):
             for p in group["params"]:
-                self._watch(optimizer, p, names[rule], *entries.get(p, (-1, None)))
+                self._watch(optimizer, p, rule, *entries.get(p, (-1, None)))
         self._native.cut(optimizer.state)
 
     @classmethod
     def of(cls, optimizer: FusedOptimizer, calls: list[Call]) -> Table | None:
         """The table of these calls, or None where they are not for it: other devices, sparse, complex and such."""
         originals = [p for call in calls for p in call.originals]
-        specs = {spec for call in calls for spec in call.specs or [None]}
         fits = (
             backend.native is not None
             and originals
-            and len(specs) == 1
             and len(set(originals)) == len(originals)
-            and not any(call.sparse or call.device.type != "cpu" or call.newly_masked for call in calls)
+            and not any(call.sparse or call.copied or call.newly_masked for call in calls)
+            and not any(call.device.type != "cpu" for call in calls)
             and not any(p.is_complex() for p in originals)
         )
         return cls(optimizer, calls) if fits else None
@@ -85,22 +87,25 @@ class Table:
             call.first[i] if call.first else 0,
         )
 
-    def _watch(self, optimizer: FusedOptimizer, p: Tensor, names: list[str], entry: int, g: Tensor | None) -> None:
+    def _watch(self, optimizer: FusedOptimizer, p: Tensor, rule: Rule, entry: int, g: Tensor | None) -> None:
         state = optimizer.state.get(p)
-        values = {}
-        if entry >= 0:
-            wanted = [*names, *(name + SCALE for name in names), "ema"]
-            # A moment first: its address is looked at, the others only for being the same object.
-            values = {name: state[name] for name in reversed(wanted) if name in (state or {})}
+        values, counters = {}, {}
+        if entry >= 0 and state:
+            wanted = [*rule.states, *(name + SCALE for name in rule.states), "ema"]
+            values = {name: state[name] for name in wanted if name in state}
+            counters = {name: state[name] for name in rule.scalars}
         self._masks.append(optimizer._masks.get(p)[0] if optimizer._masks else None)
         strides = None if g is None or g.is_contiguous() else g.stride()
         dtype = None if g is None else g.dtype
-        self._native.watch(p, distributed.is_dtensor(p), dtype, strides, state if values else None, values, entry)
+        watched = state if values or counters else None
+        self._native.watch(p, distributed.is_dtensor(p), dtype, strides, watched, values, counters, entry)
 
     def holds(self, optimizer: FusedOptimizer) -> bool:
         """True if the next step is over the same tensors by the same rules; gradients may have moved."""
         groups = optimizer.param_groups
         if optimizer.state is not self._state or len(groups) != len(self._rules):
+            return False
+        if self._averaged != (optimizer.options.ema_decay is not None):
             return False
         if any(optimizer._rule(group) is not rule for group, rule in zip(groups, self._rules, strict=True)):
             return False
@@ -109,12 +114,17 @@ class Table:
             params = (p for group in groups for p in group["params"])
             if any(optimizer._masks.get(p)[0] is not mask for p, mask in zip(params, self._masks, strict=True)):
                 return False
+        if not all(_placed(p) for spec, params in self._by_spec.items() if spec for p in params):
+            return False
         return self._native.refresh(optimizer.state, groups)
 
     def sum_squares(self) -> Tensor:
         """Of all gradients, fp64 []."""
-        total = torch.tensor(self._native.sum_squares(), dtype=torch.float64)
-        return distributed.all_reduce(total, self.spec)
+        if len(self._by_spec) == 1:
+            total = torch.tensor(self._native.sum_squares(), dtype=torch.float64)
+            return distributed.all_reduce(total, *self._by_spec)
+        parts = [(op.optim_sum_squares([real(p.grad) for p in params]), spec) for spec, params in self._by_spec.items()]
+        return torch.stack([distributed.all_reduce(part, spec) for part, spec in parts]).sum()
 
     def step(self, optimizer: FusedOptimizer, multiplier: Tensor | None, found_inf: Tensor | None, key: int) -> None:
         """Step every parameter, as the op would call by call."""
@@ -129,3 +139,9 @@ class Table:
         o = optimizer.options
         self._native.step(rows, o.zero_grad, o.stochastic_rounding, key)
         optim_native.count_changes(self.params, [p.grad for p in self.params] if o.zero_grad else ())
+
+
+def _placed(p: Tensor) -> bool:
+    """True unless p, a DTensor, has a gradient that is placed otherwise."""
+    g = p.grad
+    return g is None or getattr(g, "_spec", None) is p._spec or distributed.spec_of(g) == distributed.spec_of(p)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from pyops.ops.optim import optim_step, optim_sum_squares
+from pyops.ops.optim import optim_sum_squares
 from pyops.optim.collect import Call, real
-from pyops.optim.distributed import all_reduce
+from pyops.optim.distributed import all_reduce, local
 
 if TYPE_CHECKING:
     from pyops.optim.base import FusedOptimizer
@@ -55,17 +55,15 @@ class Calls:
             if call.sparse:
                 _run_sparse(optimizer, call, factor)
                 continue
-            hyper, lr = optimizer._hyper(call)
-            optim_step(
-                *(call.rule.name, call.params, call.grads, call.states, call.scalars, hyper, call.scales, call.ema),
-                *(call.masks, call.first, lr, factor, inf, o.zero_grad, o.stochastic_rounding, key, call.stream),
-            )
+            optimizer._run(call, factor, inf, key)
             for average, mask in call.newly_masked:
                 average.masked_fill_(mask == 0, 0)
             optimizer._masks.settle(call.originals)
             # What kernels write through pointers, autograd does not see.
             torch.autograd.graph.increment_version(call.originals)
             if o.zero_grad:
+                for g in call.copied:
+                    local(g).zero_()
                 torch.autograd.graph.increment_version([p.grad for p in call.originals])
 
 

@@ -5,24 +5,30 @@
 Triton asks its active driver for the device, its limits and a launcher. The driver here answers for the wanted target
 and its launcher does nothing, so grids, heuristics, pruning and autotuning run as they would on that GPU, every config
 that survives pruning is compiled, and the machine code can be inspected. A process can hold one target only.
+
+Every op has a function here that calls its launchers, and is named in OPS: that is all a new one needs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
 import sys
 import tempfile
+from collections.abc import Callable
 
 import torch
 import triton
 from cuda_tools import inspect_cubin
+from optim_args import CODED, Args, make
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from pyops.kernels import int8_linear as kernels
+from pyops.kernels import int8_linear, optim, optim_norm, optim_numbers
 from pyops.ops.epilogue import ACTIVATIONS
+from pyops.ops.optim_rules import RULES
 
 # Shared memory that one program may use, and multiprocessors: A100, H100, B200.
 DEVICE_LIMITS = {80: (166912, 108), 90: (232448, 132), 100: (232448, 148)}
@@ -151,23 +157,23 @@ def compiled_variants(kernel) -> list[dict]:
 # --------------------------------------------------------------------------------------------------------------- cases
 
 
-def compile_int8_linear() -> list[dict]:
+def compile_int8_linear() -> list:
     """Every config, then the largest with what costs registers: activations, fp32 outputs, ragged and strided edges."""
-    tuner = kernels._int8_linear_kernel
+    tuner = int8_linear._int8_linear_kernel
     tuner.do_bench = run_once
     tuner.cache_results = False  # they are no timings
 
     def call(M, N, K, dtype=torch.bfloat16, activation="none", strided=False, x_scale=None):
         x, weight, w_scale = torch.zeros(M, K, dtype=dtype), torch.zeros(N, K, dtype=torch.int8), torch.ones(N)
         residual = torch.zeros(N, M, dtype=dtype).T if strided else torch.zeros(M, N, dtype=dtype)
-        kernels.int8_linear(x, weight, w_scale, torch.zeros(N), residual, activation, x_scale)
+        int8_linear.int8_linear(x, weight, w_scale, torch.zeros(N), residual, activation, x_scale)
 
     for M in (16, 32, 64, 1024):
         call(M, 4096, 4096)
     call(16, 65536, 4112, activation="gelu")  # no split, and K ends inside a step
     call(1024, 4097, 4096, activation="gelu")  # rows of y are not aligned
 
-    tuner.configs = kernels.CONFIGS[-1:]
+    tuner.configs = int8_linear.CONFIGS[-1:]
     call(1024, 4096, 4112, torch.float16, "silu", x_scale=torch.ones(1))
     for activation in ("none", "gelu", "tanh"):
         call(1024, 4096, 4096, torch.float32, activation)
@@ -176,13 +182,61 @@ def compile_int8_linear() -> list[dict]:
     for activation in ACTIVATIONS:
         call(16, 4096, 4096, activation=activation)  # in the reduction, which compiles quickly
     for K in (8, 256, 4096, 16384, 20480):
-        kernels.quantize_rows(torch.zeros(64, K, dtype=torch.bfloat16))
-    kernels.quantize_rows(torch.zeros(64, 4096), torch.ones(64))
+        int8_linear.quantize_rows(torch.zeros(64, K, dtype=torch.bfloat16))
+    int8_linear.quantize_rows(torch.zeros(64, 4096), torch.ones(64))
+    return [tuner, int8_linear._quantize_rows_kernel, int8_linear._reduce_kernel]
+
+
+def compile_optim() -> list:
+    """Every rule in fp32 (on one target); Adam in every format; what needs most registers; what cannot be wide."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    everything = {
+        "weight_decay": 0.1,
+        "maximize": 1.0,
+        "l1": 0.1,
+        "masked": True,
+        "averaged": True,
+        "zero_grad": True,
+        "multiplier": torch.ones(()),
+        "found_inf": torch.zeros(()),
+        "stochastic_rounding": True,
+    }
+
+    def call(rule, dtype=fp32, state_dtype=fp32, shape=(5000,), change: Callable = lambda t: t, **options) -> None:
+        args: Args = make(rule, (shape,), dtype, state_dtype, **options).map(change)
+        args.call(optim.optim_step)
+
+    arch = triton.runtime.driver.active.get_current_target().arch
+    for rule in RULES if arch == 90 else ("sgd", "adam", "lamb"):
+        call(rule)
+    for dtype in (fp32, bf16):
+        for state_dtype in (fp32, bf16, CODED):
+            call("adam", dtype, state_dtype, weight_decay=0.1, decoupled=1.0, stochastic_rounding=True)
+    call("adam", state_dtype=CODED, shape=(500, 144))
+    call("adam", change=lambda t: t if t.numel() == 1 else torch.empty(t.numel() + 1, dtype=t.dtype)[1:])
+    for state_dtype in (fp32, CODED):
+        call("adam_amsgrad", bf16, state_dtype, **everything)
+        call("rmsprop_centered_momentum", fp32, state_dtype, **everything)
+
+    optim.on_host = optim_numbers.on_host = lambda t: False  # a capturable step
+    call("adam", lr=torch.ones(()), found_inf=torch.zeros(()))
+    for dtype in (fp32, bf16, torch.float64):
+        for first in (0, 1):
+            optim_norm.optim_sum_squares([torch.zeros(100000, dtype=dtype)[first:]])
     return [
-        row
-        for kernel in (tuner, kernels._quantize_rows_kernel, kernels._reduce_kernel)
-        for row in compiled_variants(kernel)
-    ]
+        optim._optim_step_kernel, optim._trust_ratio_kernel, optim_norm._sum_squares_kernel, optim_norm._add_up_kernel
+    ]  # fmt: skip
+
+
+OPS = (compile_int8_linear, compile_optim)
+"""Each compiles what its launchers launch, and returns the kernels to look at."""
+
+
+def _to_json(value: object) -> object:
+    """Of constants that are no numbers or strings."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return value.__name__ if isinstance(value, triton.runtime.JITFunction) else str(value)
 
 
 def main(backend: str, arch: str, report_path: str) -> None:
@@ -190,9 +244,12 @@ def main(backend: str, arch: str, report_path: str) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET=1 interprets kernels; unset it to compile them")
     triton.runtime.driver.set_active(CompileOnlyDriver(GPUTarget(backend, int(arch), 32)))
-    configs = [{**config.kwargs, "warps": config.num_warps, "stages": config.num_stages} for config in kernels.CONFIGS]
-    report = {"int8_linear_configs": configs, "rows": compile_int8_linear()}
-    pathlib.Path(report_path).write_text(json.dumps(report))
+    configs = [
+        {**config.kwargs, "warps": config.num_warps, "stages": config.num_stages} for config in int8_linear.CONFIGS
+    ]
+    rows = [row for compile_op in OPS for kernel in compile_op() for row in compiled_variants(kernel)]
+    report = {"int8_linear_configs": configs, "rows": rows}
+    pathlib.Path(report_path).write_text(json.dumps(report, default=_to_json))
 
 
 if __name__ == "__main__":

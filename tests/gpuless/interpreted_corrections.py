@@ -42,6 +42,19 @@ def _arithmetic_kernel(a_ptr, b_ptr, sum_ptr, product_ptr, larger_ptr, n, BLOCK:
 
 
 @triton.jit
+def _fma_kernel(x_ptr, y_ptr, z_ptr, out_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(out_ptr + offs, tl.fma(tl.load(x_ptr + offs), tl.load(y_ptr + offs), tl.load(z_ptr + offs)))
+
+
+@triton.jit
+def _table_kernel(table_ptr, y_ptr, BLOCK: tl.constexpr):
+    x_ptr = tl.load(table_ptr).to(tl.pointer_type(tl.float32))
+    offs = tl.arange(0, BLOCK)
+    tl.store(y_ptr + offs, tl.load(x_ptr + offs))
+
+
+@triton.jit
 def _unmasked_kernel(x_ptr, y_ptr, n, MASK_LOAD: tl.constexpr, MASK_STORE: tl.constexpr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offs, mask=(offs < n) | (not MASK_LOAD), other=0.0)
@@ -84,6 +97,29 @@ def test_bf16_arithmetic():
     assert torch.equal(total, a + b)
     assert torch.equal(product, a * b)
     assert torch.equal(larger, torch.maximum(a, b))
+
+
+def test_fma_rounds_once():
+    x, y, z = (torch.randn(1024, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    out = torch.empty_like(x)
+    _fma_kernel[(1,)](x, y, z, out, BLOCK=1024)
+    assert torch.equal(out, (x.double() * y.double() + z.double()).float())
+    assert not torch.equal(out, x * y + z)
+
+
+def test_reachable_tensors_are_allowed_within_their_extent():
+    storage, y = torch.randn(256), torch.empty(128)
+    table = torch.tensor([storage.data_ptr()])
+    with pytest.raises(InterpreterError, match="load: 128 of 128"):
+        _table_kernel[(1,)](table, y, BLOCK=128)
+    with interpreter.reachable([storage[:100]]) as add:
+        with pytest.raises(InterpreterError, match="load: 28 of 128"):
+            _table_kernel[(1,)](table, y, BLOCK=128)
+        assert add(storage) is storage
+        _table_kernel[(1,)](table, y, BLOCK=128)
+    assert torch.equal(y, storage[:128])
+    with pytest.raises(InterpreterError, match="load: 128 of 128"):
+        _table_kernel[(1,)](table, y, BLOCK=128)
 
 
 @pytest.mark.parametrize("kind", ["load", "store"])

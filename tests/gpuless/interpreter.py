@@ -7,8 +7,9 @@ writes any address it is given. `install()`
 - converts between floating types with torch, which rounds to nearest even as the hardware does; fp8 saturates,
 - computes bf16 arithmetic and dots in fp32 and rounds the result once,
 - lets a loop over `range(0, n)` run under Triton 3.6 with NumPy 2.4, which refuses `int()` of a one-element array,
+- rounds `tl.fma` once,
 - raises on reductions, scans and atomics in bf16 or fp8, which would still be wrong,
-- checks every load, store and atomic against the tensors passed to the kernel.
+- checks every load, store and atomic against the tensors passed to the kernel, and those named by `reachable`.
 
 Not modelled: the approximations of the hardware's exp and division, flush-to-zero, contraction into multiply-adds,
 TF32, and two programs running at the same time; `shuffled_programs` at least varies their order.
@@ -19,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -54,6 +55,8 @@ FLOAT_OPERATION = re.compile(
 _installed = False
 _regions: list[tuple[int, int]] = []
 """[first byte, one past the last) of every tensor of the running kernel."""
+_reachable: list[torch.Tensor] = []
+"""Tensors that kernels may use without being passed them."""
 
 
 def install() -> None:
@@ -66,6 +69,7 @@ def install() -> None:
     _installed = True
     np.seterr(all="ignore")  # Inf and NaN are results, as on the device
     _correct_conversions()
+    _correct_fma()
     _correct_bf16_arithmetic()
     _correct_index()
     _refuse_what_stays_wrong()
@@ -90,6 +94,25 @@ def shuffled_programs(seed: int) -> Iterator[None]:
         yield
     finally:
         del builder.set_grid_idx
+
+
+@contextlib.contextmanager
+def reachable(tensors: Iterable[torch.Tensor]) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """Within this context kernels may also use `tensors`, as through a table of addresses, each within its own extent.
+
+    Gives a function that adds one more tensor, and returns it.
+    """
+    before = len(_reachable)
+    _reachable.extend(tensors)
+
+    def add(tensor: torch.Tensor) -> torch.Tensor:
+        _reachable.append(tensor)
+        return tensor
+
+    try:
+        yield add
+    finally:
+        del _reachable[before:]
 
 
 # --------------------------------------------------------------------------------------------------------- conversions
@@ -152,6 +175,19 @@ def _in_fp32(operation):
         return _to_bf16(result) if had_bf16 and result.data.dtype != np.bool_ else result
 
     return corrected
+
+
+def _correct_fma() -> None:
+    """In fp64 the product of two fp32 numbers is exact; that the sum is rounded to fp64 first moves only ties."""
+    original_fma = InterpreterBuilder.create_fma
+
+    def fma(self, x, y, z):
+        if x.dtype.scalar != tl.float32:
+            return original_fma(self, x, y, z)
+        total = x.data.astype(np.float64) * y.data + z.data
+        return TensorHandle(total.astype(np.float32), tl.float32)
+
+    InterpreterBuilder.create_fma = fma
 
 
 def _correct_bf16_arithmetic() -> None:
@@ -218,7 +254,7 @@ def _check_addresses() -> None:
 
     def init_args(self, args, kwargs):
         host_args, host_kwargs = original_init_args(self, args, kwargs)
-        _regions[:] = [_extent(tensor) for tensor in _tensors([*host_args, *host_kwargs.values()])]
+        _regions[:] = [_extent(tensor) for tensor in _tensors([*host_args, *host_kwargs.values(), *_reachable])]
         return host_args, host_kwargs
 
     InterpreterBuilder.create_masked_load = load

@@ -14,7 +14,9 @@ CHECKOUT = HERE.parents[1]
 def run_python(*args: str, **environment: str) -> subprocess.CompletedProcess:
     """`python *args` in the checkout, single-threaded, without this process's settings of Triton, pyops and pytest."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "PYOPS_", "PYTEST_"))}
-    search_path = os.pathsep.join(filter(None, [str(CHECKOUT), str(HERE), os.environ.get("PYTHONPATH")]))
+    search_path = os.pathsep.join(
+        filter(None, [str(CHECKOUT), str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH")])
+    )
     return subprocess.run(
         [sys.executable, *args],
         cwd=CHECKOUT,

@@ -6,6 +6,8 @@ import json
 import pytest
 from subprocesses import HERE, run_python
 
+from pyops.ops.optim_rules import RULES
+
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 TARGETS = [80, 90, 100]
@@ -106,3 +108,61 @@ def test_reduction_moves_16_bytes_at_a_time(target):
     _, report = target
     for row in of_kernel(report, "_reduce_kernel"):
         assert_wide(row)
+
+
+# -------------------------------------------------------------------------------------------------------------- optim
+
+
+def variant(row: dict) -> dict:
+    """What `_optim_step_kernel` was compiled for."""
+    return row["constants"]["V"]
+
+
+def test_every_rule_is_compiled(target):
+    arch, report = target
+    rules = {row["constants"]["UPDATE"] for row in of_kernel(report, "_optim_step_kernel")}
+    assert rules == set(RULES) if arch == 90 else rules >= {"adam", "lamb"}
+
+
+def test_optimizer_steps_move_16_bytes_at_a_time(target):
+    """Narrow are only addresses, numbers, scales, 8-bit states, and the edge: an element a thread of each operand."""
+    _, report = target
+    for row in of_kernel(report, "_optim_step_kernel"):
+        if not variant(row)["aligned"]:
+            continue
+        dtypes = [dtype for dtype in variant(row)["dtypes"] if dtype is not None]
+        assert has(row, "LDG.E.128"), describe(row)
+        assert has(row, "STG.E.128") or variant(row)["norms"], describe(row)
+        numbers = sum(place >= 0 for place in variant(row)["in_table"])
+        scales = sum(dtype is not None for dtype in variant(row)["dtypes"][5:8])
+        others = numbers + scales + 3  # multiplier, found_inf, the ratio of norms
+        narrow = {width: row["opcodes"].get(f"LDG.E{width}", 0) for width in ("", ".U16", ".U8", ".S8")}
+        assert narrow[".U16"] <= dtypes.count("bf16"), (narrow, describe(row))
+        assert narrow[".U8"] + narrow[".S8"] <= dtypes.count("int8") + dtypes.count("uint8"), (narrow, describe(row))
+        assert narrow[""] <= dtypes.count("fp32") + others, (narrow, describe(row))
+        stores = {width: row["opcodes"].get(f"STG.E{width}", 0) for width in ("", ".U16", ".U8")}
+        assert sum(stores.values()) <= len(dtypes) + scales, (stores, describe(row))
+
+
+def test_optimizer_steps_round_as_their_reference(target):
+    """Of multiply-adds there is one an element, that of g² in Adam; 8 elements a thread, and one of the edge."""
+    _, report = target
+    for row in of_kernel(report, "_optim_step_kernel"):
+        rule, ptx = row["constants"]["UPDATE"], row["ptx"]
+        if rule == "sgd":
+            assert "fma." not in ptx, describe(row)
+        if rule == "adam":
+            assert ptx.count("fma.rn.f32") + ptx.count("fma.rn.f32x2") == 9, describe(row)  # Blackwell has pairs
+            assert ptx.count("sqrt.rn.f32") == 9, describe(row)
+            assert ptx.count("div.rn.f32") >= 9, describe(row)
+            assert "div.full" not in ptx, describe(row)
+
+
+def test_sums_have_an_order(target):
+    _, report = target
+    for name in ("_sum_squares_kernel", "_add_up_kernel", "_trust_ratio_kernel"):
+        for row in of_kernel(report, name):
+            assert not has(row, "ATOM"), describe(row)
+            assert not has(row, "RED."), describe(row)
+            if row["constants"].get("ALIGNED"):
+                assert has(row, "LDG.E.128"), describe(row)
