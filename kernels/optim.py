@@ -345,11 +345,13 @@ def _optim_step_kernel(
     if found_inf_ptr is not None:
         size = tl.where(tl.load(found_inf_ptr) != 0, 0, size)
 
-    if number == EDGE:
+    length = tl.load(row_ptr + SLICE)
+    first = number * rows_of_chunk
+    if V.sliced:
+        _rows(at, size, length, first, rows_of_chunk, c, multiplier, ratio, key, word, sums_ptr, UPDATE, V)
+    elif number == EDGE:
         _edge(at, size, c, multiplier, ratio, key, word, sums_ptr, UPDATE, V)
     else:
-        length = tl.load(row_ptr + SLICE)
-        first = number * rows_of_chunk
         _rows(at, size, length, first, rows_of_chunk, c, multiplier, ratio, key, word, sums_ptr, UPDATE, V)
 
 
