@@ -355,6 +355,8 @@ def test_ddp(tmp_path):
         with torch.no_grad():
             assert torch.equal(wrapped(x), layer(x))
     finally:
+        # A group whose last holder is the module joins its threads with the GIL held, which they may wait for.
+        wrapped = None
         torch.distributed.destroy_process_group()
 
 
