@@ -35,7 +35,7 @@ bench: $(VENV)/.bench ## every op against its peers on this machine; writes benc
 gpu: ## build, test and benchmark on a machine with a GPU; installs nothing
 	$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m pytest tests/test_gpu.py
-	$(PYTHON) -m pyops bench int8_linear --device cuda
+	$(PYTHON) -m pyops bench int8_linear optim --device cuda
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) build dist *.egg-info pyops/_C*.so demo_output .pytest_cache .ruff_cache .hypothesis

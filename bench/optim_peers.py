@@ -35,6 +35,8 @@ class Stepper:
 
 
 class _Optimizer(Peer):
+    devices = ("cpu", "cuda")
+
     def stepper(self, case: OptimCase, params: list[Tensor]) -> Stepper:
         """The optimizer of these parameters, whose gradients are set."""
         raise NotImplementedError
@@ -114,7 +116,8 @@ class Pyops(_Optimizer):
         optimizer = getattr(optim, CLASSES[case.rule])(params, **HYPER[case.rule], **options)
         if not case.loop:
             return Stepper(optimizer, optimizer.step)
-        scale, found_inf = torch.tensor(LOSS_SCALE), torch.tensor(0.0)
+        device = params[0].device
+        scale, found_inf = torch.tensor(LOSS_SCALE, device=device), torch.tensor(0.0, device=device)
 
         def step() -> None:
             optimizer.grad_scale, optimizer.found_inf = scale, found_inf  # as a GradScaler hands them over
@@ -144,7 +147,8 @@ class _Torch(_Optimizer):
         if not case.loop:
             return Stepper(optimizer, optimizer.step)
         grads, averages = [p.grad for p in params], [p.detach().clone() for p in params]
-        found_inf, inverse = torch.tensor(0.0), torch.tensor(1 / LOSS_SCALE)
+        device = params[0].device
+        found_inf, inverse = torch.tensor(0.0, device=device), torch.tensor(1 / LOSS_SCALE, device=device)
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY)
         values = [p.detach() for p in params]
         fresh = True
@@ -211,6 +215,7 @@ class TorchAO(_Optimizer):
     """The 8-bit state of PyTorch's quantization library, compiled by Inductor."""
 
     name, role, module, package = "torchao", "figure", "torchao", "torchao"
+    devices = ("cpu",)
     runs = "torchao.optim.AdamW8bit, compiled"
     excluded = "narrow state is measured against fused fp32, which is faster"
 

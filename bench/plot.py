@@ -66,7 +66,9 @@ def draw(document: dict[str, Any], target: Path) -> None:
 
 def _panel(panel, part: list[dict], ticks: dict, threads: list[int], title: str, values: list[float]) -> None:
     bar = 0.8 / len(threads)
-    low, high = max(FLOOR / 1.15, min(0.75, min(values) / 1.15)), max(1.7, max(values) * 1.15)
+    high = max(1.7, max(values) * 1.15)
+    room = high**-0.25  # a fifth of the height, for the names below the bars
+    low = max(FLOOR / 1.15, min(0.75, room, min(values) / 1.15))
     panel.set_yscale("log")
     panel.set_ylim(low, high)
     shown_ticks = [tick for tick in TICKS if low <= tick <= high]

@@ -159,29 +159,10 @@ PYOPS_INLINE Vec max_magnitude(Vec m, Vec a) {
 PYOPS_INLINE Vec rough_sqrt(Vec a) { return sqrt(a); }
 PYOPS_INLINE Vec rough_rsqrt(Vec a) { return set1(1.0f) / sqrt(max(set1(1.17549435e-38f), a)); }
 PYOPS_INLINE Vec rough_div(Vec a, Vec b) { return a / b; }
-// a cut towards zero, where it fits an int32.
-PYOPS_INLINE Vec cut(Vec a) {
-  PYOPS_LANES a.v[i] = static_cast<float>(static_cast<int32_t>(a.v[i]));
-  return a;
-}
-// |a| with the sign of b, where a ≥ 0; and max(a, b > 0 ? 1 : 0).
+// |a| with the sign of b, where a ≥ 0.
 PYOPS_INLINE Vec with_sign(Vec a, Vec b) {
   PYOPS_LANES a.v[i] = std::copysign(a.v[i], b.v[i]);
   return a;
-}
-PYOPS_INLINE Vec one_if_positive(Vec b, Vec a) {
-  PYOPS_LANES a.v[i] = b.v[i] > 0 && !(a.v[i] > 1) ? 1.0f : a.v[i];
-  return a;
-}
-PYOPS_INLINE Vec load(const int8_t* p) {
-  Vec r;
-  PYOPS_LANES r.v[i] = p[i];
-  return r;
-}
-PYOPS_INLINE Vec load(const uint8_t* p) {
-  Vec r;
-  PYOPS_LANES r.v[i] = p[i];
-  return r;
 }
 // 64 floats, already within ±127, to the nearest int8.
 template <class F>
@@ -191,16 +172,6 @@ PYOPS_INLINE void store_int8x64(int8_t* p, F&& part) {
     PYOPS_LANES p[j + i] = static_cast<int8_t>(a.v[i]);
   }
 }
-// 64 floats cut towards zero and saturated.
-template <class C, class F>
-PYOPS_INLINE void store_cutx64(C* p, F&& part) {
-  constexpr float kLow = C(-1) > C(0) ? 0.0f : -127.0f, kHigh = C(-1) > C(0) ? 255.0f : 127.0f;
-  for (int j = 0; j < 64; j += Vec::kLanes) {
-    const Vec a = min(set1(kHigh), max(set1(kLow), part(j)));
-    PYOPS_LANES p[j + i] = static_cast<C>(a.v[i]);
-  }
-}
-
 // 32-bit unsigned integers, as many as a Vec has floats.
 struct Words {
   uint32_t v[Vec::kLanes];
@@ -210,7 +181,37 @@ PYOPS_INLINE Words load_words(const uint32_t* p) {
   PYOPS_LANES r.v[i] = p[i];
   return r;
 }
+PYOPS_INLINE Words load_words(const uint8_t* p) {
+  Words r;
+  PYOPS_LANES r.v[i] = p[i];
+  return r;
+}
+// With the sign extended.
+PYOPS_INLINE Words load_words(const int8_t* p) {
+  Words r;
+  PYOPS_LANES r.v[i] = static_cast<uint32_t>(p[i]);
+  return r;
+}
 PYOPS_INLINE void store(uint32_t* p, Words a) { PYOPS_LANES p[i] = a.v[i]; }
+// 64 words, each a number that fits the byte.
+template <class C, class F>
+PYOPS_INLINE void store_bytesx64(C* p, F&& part) {
+  for (int j = 0; j < 64; j += Vec::kLanes) {
+    const Words a = part(j);
+    PYOPS_LANES p[j + i] = static_cast<C>(a.v[i]);
+  }
+}
+// The bits of floats.
+PYOPS_INLINE Words bits_of(Vec a) {
+  Words r;
+  std::memcpy(&r, &a, sizeof(a));
+  return r;
+}
+PYOPS_INLINE Vec floats_of(Words a) {
+  Vec r;
+  std::memcpy(&r, &a, sizeof(a));
+  return r;
+}
 // first, first + 1, …
 PYOPS_INLINE Words words_from(uint32_t first) {
   Words r;
@@ -221,8 +222,27 @@ PYOPS_INLINE Words add(Words a, uint32_t b) {
   PYOPS_LANES a.v[i] += b;
   return a;
 }
+PYOPS_INLINE Words add(Words a, Words b) {
+  PYOPS_LANES a.v[i] += b.v[i];
+  return a;
+}
 PYOPS_INLINE Words mul(Words a, uint32_t b) {
   PYOPS_LANES a.v[i] *= b;
+  return a;
+}
+// |a| of signed numbers.
+PYOPS_INLINE Words magnitude(Words a) {
+  PYOPS_LANES a.v[i] = a.v[i] >> 31 ? 0 - a.v[i] : a.v[i];
+  return a;
+}
+// -a where b has its sign bit.
+PYOPS_INLINE Words with_sign(Words a, Vec b) {
+  PYOPS_LANES a.v[i] = std::signbit(b.v[i]) ? 0 - a.v[i] : a.v[i];
+  return a;
+}
+// max(a, 1) where b > 0.
+PYOPS_INLINE Words one_if_positive(Words a, Vec b) {
+  PYOPS_LANES a.v[i] = b.v[i] > 0 && a.v[i] == 0 ? 1 : a.v[i];
   return a;
 }
 // a ^ a >> n
@@ -236,15 +256,15 @@ PYOPS_INLINE Words shift_right(Words a) {
   PYOPS_LANES a.v[i] >>= n;
   return a;
 }
-PYOPS_INLINE Words low_half(Words a) {
-  PYOPS_LANES a.v[i] &= 0xffffu;
+template <int n>
+PYOPS_INLINE Words shift_left(Words a) {
+  PYOPS_LANES a.v[i] <<= n;
   return a;
 }
-// Of numbers below 2³¹.
-PYOPS_INLINE Vec to_float(Words a) {
-  Vec r;
-  PYOPS_LANES r.v[i] = static_cast<float>(a.v[i]);
-  return r;
+template <int n>
+PYOPS_INLINE Words low_bits(Words a) {
+  PYOPS_LANES a.v[i] &= (1u << n) - 1;
+  return a;
 }
 // The first n of a, with `bits` added to what bf16 cuts off; NaN and Inf are only cut.
 PYOPS_INLINE void store_cut(bf16* p, Vec a, Words bits, int n = Vec::kLanes) {
@@ -346,43 +366,36 @@ PYOPS_INLINE uint32_t max_magnitude_bits(Vec a) {
 PYOPS_INLINE Vec rough_sqrt(Vec a) { return sqrt(a); }
 PYOPS_INLINE Vec rough_rsqrt(Vec a) { return set1(1.0f) / sqrt(max(set1(0x1p-126f), a)); }
 PYOPS_INLINE Vec rough_div(Vec a, Vec b) { return a / b; }
-PYOPS_INLINE Vec cut(Vec a) { return {_mm256_cvtepi32_ps(_mm256_cvttps_epi32(a.v))}; }
 PYOPS_INLINE Vec with_sign(Vec a, Vec b) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_or_ps(a.v, _mm256_and_ps(sign, b.v))};
 }
-PYOPS_INLINE Vec one_if_positive(Vec b, Vec a) {
-  const __m256 positive = _mm256_cmp_ps(b.v, _mm256_setzero_ps(), _CMP_GT_OQ);
-  return {_mm256_max_ps(a.v, _mm256_and_ps(positive, _mm256_set1_ps(1.0f)))};
+struct Words {
+  __m256i v;
+};
+PYOPS_INLINE Words load_words(const uint32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+PYOPS_INLINE Words load_words(const uint8_t* p) {
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
 }
-PYOPS_INLINE Vec load(const int8_t* p) {
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
-}
-PYOPS_INLINE Vec load(const uint8_t* p) {
-  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+PYOPS_INLINE Words load_words(const int8_t* p) {
+  return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
 }
 template <class C, class F>
-PYOPS_INLINE void pack_bytesx64(C* p, F&& part) {
+PYOPS_INLINE void store_bytesx64(C* p, F&& part) {
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   for (int j = 0; j < 64; j += 32) {
-    const __m256i ab = _mm256_packs_epi32(part(j), part(j + 8)), cd = _mm256_packs_epi32(part(j + 16), part(j + 24));
+    const __m256i ab = _mm256_packs_epi32(part(j).v, part(j + 8).v);
+    const __m256i cd = _mm256_packs_epi32(part(j + 16).v, part(j + 24).v);
     const __m256i q = C(-1) > C(0) ? _mm256_packus_epi16(ab, cd) : _mm256_packs_epi16(ab, cd);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + j), _mm256_permutevar8x32_epi32(q, order));
   }
 }
 template <class F>
 PYOPS_INLINE void store_int8x64(int8_t* p, F&& part) {
-  pack_bytesx64(p, [&](int j) PYOPS_LAMBDA { return _mm256_cvtps_epi32(part(j).v); });
+  store_bytesx64(p, [&](int j) PYOPS_LAMBDA { return Words{_mm256_cvtps_epi32(part(j).v)}; });
 }
-template <class C, class F>
-PYOPS_INLINE void store_cutx64(C* p, F&& part) {
-  pack_bytesx64(p, [&](int j) PYOPS_LAMBDA { return _mm256_cvttps_epi32(part(j).v); });
-}
-
-struct Words {
-  __m256i v;
-};
-PYOPS_INLINE Words load_words(const uint32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+PYOPS_INLINE Words bits_of(Vec a) { return {_mm256_castps_si256(a.v)}; }
+PYOPS_INLINE Vec floats_of(Words a) { return {_mm256_castsi256_ps(a.v)}; }
 PYOPS_INLINE void store(uint32_t* p, Words a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
 PYOPS_INLINE Words words_from(uint32_t first) {
   return {_mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(first)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7))};
@@ -399,8 +412,24 @@ template <int n>
 PYOPS_INLINE Words fold(Words a) {
   return {_mm256_xor_si256(a.v, shift_right<n>(a).v)};
 }
-PYOPS_INLINE Words low_half(Words a) { return {_mm256_and_si256(a.v, _mm256_set1_epi32(0xffff))}; }
-PYOPS_INLINE Vec to_float(Words a) { return {_mm256_cvtepi32_ps(a.v)}; }
+PYOPS_INLINE Words add(Words a, Words b) { return {_mm256_add_epi32(a.v, b.v)}; }
+template <int n>
+PYOPS_INLINE Words shift_left(Words a) {
+  return {_mm256_slli_epi32(a.v, n)};
+}
+template <int n>
+PYOPS_INLINE Words low_bits(Words a) {
+  return {_mm256_and_si256(a.v, _mm256_set1_epi32((1 << n) - 1))};
+}
+PYOPS_INLINE Words magnitude(Words a) { return {_mm256_abs_epi32(a.v)}; }
+PYOPS_INLINE Words with_sign(Words a, Vec b) {
+  const __m256i sign = _mm256_srai_epi32(_mm256_castps_si256(b.v), 31);
+  return {_mm256_sub_epi32(_mm256_xor_si256(a.v, sign), sign)};
+}
+PYOPS_INLINE Words one_if_positive(Words a, Vec b) {
+  const __m256i positive = _mm256_castps_si256(_mm256_cmp_ps(b.v, _mm256_setzero_ps(), _CMP_GT_OQ));
+  return {_mm256_max_epi32(a.v, _mm256_srli_epi32(positive, 31))};
+}
 PYOPS_INLINE void store_cut(bf16* p, Vec a, Words bits, int n = Vec::kLanes) {
   const __m256i raw = _mm256_castps_si256(a.v), exponent = _mm256_set1_epi32(0x7f800000);
   const __m256i special = _mm256_cmpeq_epi32(_mm256_and_si256(raw, exponent), exponent);
@@ -513,42 +542,34 @@ PYOPS_INLINE uint32_t max_magnitude_bits(Vec a) {
 }
 PYOPS_INLINE Vec rough_rsqrt(Vec a) { return {_mm512_rsqrt14_ps(_mm512_max_ps(_mm512_set1_ps(0x1p-126f), a.v))}; }
 PYOPS_INLINE Vec rough_sqrt(Vec a) { return a * rough_rsqrt(a); }
-PYOPS_INLINE Vec cut(Vec a) { return {_mm512_cvtepi32_ps(_mm512_cvttps_epi32(a.v))}; }
 PYOPS_INLINE Vec with_sign(Vec a, Vec b) {
   const __m512i size = _mm512_castps_si512(a.v), sign = _mm512_castps_si512(b.v);
   return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_set1_epi32(INT32_MIN), sign, size, 0xea))};
 }
-PYOPS_INLINE Vec one_if_positive(Vec b, Vec a) {
-  const __mmask16 positive = _mm512_cmp_ps_mask(b.v, _mm512_setzero_ps(), _CMP_GT_OQ);
-  return {_mm512_mask_max_ps(a.v, positive, a.v, _mm512_set1_ps(1.0f))};
-}
 PYOPS_INLINE Vec rough_div(Vec a, Vec b) { return {_mm512_mul_ps(a.v, _mm512_rcp14_ps(b.v))}; }
-PYOPS_INLINE Vec load(const int8_t* p) {
-  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+struct Words {
+  __m512i v;
+};
+PYOPS_INLINE Words load_words(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+PYOPS_INLINE Words load_words(const uint8_t* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
-PYOPS_INLINE Vec load(const uint8_t* p) {
-  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+PYOPS_INLINE Words load_words(const int8_t* p) {
+  return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
 template <class C, class F>
-PYOPS_INLINE void pack_bytesx64(C* p, F&& part) {
+PYOPS_INLINE void store_bytesx64(C* p, F&& part) {
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const __m512i ab = _mm512_packs_epi32(part(0), part(16)), cd = _mm512_packs_epi32(part(32), part(48));
+  const __m512i ab = _mm512_packs_epi32(part(0).v, part(16).v), cd = _mm512_packs_epi32(part(32).v, part(48).v);
   const __m512i q = C(-1) > C(0) ? _mm512_packus_epi16(ab, cd) : _mm512_packs_epi16(ab, cd);
   _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, q));
 }
 template <class F>
 PYOPS_INLINE void store_int8x64(int8_t* p, F&& part) {
-  pack_bytesx64(p, [&](int j) PYOPS_LAMBDA { return _mm512_cvtps_epi32(part(j).v); });
+  store_bytesx64(p, [&](int j) PYOPS_LAMBDA { return Words{_mm512_cvtps_epi32(part(j).v)}; });
 }
-template <class C, class F>
-PYOPS_INLINE void store_cutx64(C* p, F&& part) {
-  pack_bytesx64(p, [&](int j) PYOPS_LAMBDA { return _mm512_cvttps_epi32(part(j).v); });
-}
-
-struct Words {
-  __m512i v;
-};
-PYOPS_INLINE Words load_words(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+PYOPS_INLINE Words bits_of(Vec a) { return {_mm512_castps_si512(a.v)}; }
+PYOPS_INLINE Vec floats_of(Words a) { return {_mm512_castsi512_ps(a.v)}; }
 PYOPS_INLINE void store(uint32_t* p, Words a) { _mm512_storeu_si512(p, a.v); }
 PYOPS_INLINE Words words_from(uint32_t first) {
   const __m512i count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -566,8 +587,24 @@ template <int n>
 PYOPS_INLINE Words fold(Words a) {
   return {_mm512_xor_si512(a.v, shift_right<n>(a).v)};
 }
-PYOPS_INLINE Words low_half(Words a) { return {_mm512_and_si512(a.v, _mm512_set1_epi32(0xffff))}; }
-PYOPS_INLINE Vec to_float(Words a) { return {_mm512_cvtepi32_ps(a.v)}; }
+PYOPS_INLINE Words add(Words a, Words b) { return {_mm512_add_epi32(a.v, b.v)}; }
+template <int n>
+PYOPS_INLINE Words shift_left(Words a) {
+  return {_mm512_slli_epi32(a.v, n)};
+}
+template <int n>
+PYOPS_INLINE Words low_bits(Words a) {
+  return {_mm512_and_si512(a.v, _mm512_set1_epi32((1 << n) - 1))};
+}
+PYOPS_INLINE Words magnitude(Words a) { return {_mm512_abs_epi32(a.v)}; }
+PYOPS_INLINE Words with_sign(Words a, Vec b) {
+  const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(b.v));
+  return {_mm512_mask_sub_epi32(a.v, negative, _mm512_setzero_si512(), a.v)};
+}
+PYOPS_INLINE Words one_if_positive(Words a, Vec b) {
+  const __mmask16 positive = _mm512_cmp_ps_mask(b.v, _mm512_setzero_ps(), _CMP_GT_OQ);
+  return {_mm512_mask_max_epu32(a.v, positive, a.v, _mm512_set1_epi32(1))};
+}
 PYOPS_INLINE void store_cut(bf16* p, Vec a, Words bits, int n = Vec::kLanes) {
   const __m512i raw = _mm512_castps_si512(a.v), exponent = _mm512_set1_epi32(0x7f800000);
   const __mmask16 finite = _mm512_cmpneq_epi32_mask(_mm512_and_si512(raw, exponent), exponent);

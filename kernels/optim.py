@@ -36,7 +36,7 @@ from ..ops import optim as contract
 from ..ops.optim import hyper_dict, optim_step_ref
 from ..ops.optim_rules import RULES, Rule
 from . import optim_numbers
-from .optim_codec import dequantize, quantize, random_bits, round_to_bf16
+from .optim_codec import CUT_BITS, dequantize, quantize, random_bits, round_to_bf16
 from .optim_norm import optim_sum_squares
 from .optim_numbers import Numbers, on_host
 from .optim_plans import is_written, make_plan
@@ -231,12 +231,12 @@ def _finish(at, offs, mask, blocks, inside, low, high, c, key, word, p, states, 
             ptrs = at[STATE + j] + offs
             state = tl.where(keep, states[j], 0.0) if V.dtypes[MASK] is not None else states[j]
             if V.dtypes[SCALE + j] is not None:
-                bits = random_bits(key, word + j // 2, low, high, j % 2 == 1)
+                bits = random_bits(key, word + j // 2, low, high, j % 2 == 1, CUT_BITS)
                 codes, scale = quantize(tl.where(mask, state, 0.0), bits, V.dtypes[STATE + j] == tl.uint8)
                 tl.store(ptrs, codes, mask=mask)
                 tl.store(at[SCALE + j] + blocks, scale, mask=inside)
             elif V.dtypes[STATE + j] == tl.bfloat16:
-                bits = random_bits(key, word + j // 2, low, high, j % 2 == 1)
+                bits = random_bits(key, word + j // 2, low, high, j % 2 == 1, 16)
                 tl.store(ptrs, round_to_bf16(state, bits), mask=mask)
             else:
                 tl.store(ptrs, state.to(V.dtypes[STATE + j]), mask=mask)
@@ -247,7 +247,7 @@ def _finish(at, offs, mask, blocks, inside, low, high, c, key, word, p, states, 
     if V.zero_grad:
         tl.store(at[G] + offs, tl.zeros_like(p).to(V.dtypes[G]), mask=mask)
     if V.stochastic:
-        bits = random_bits(key, word + PARAM_STREAM // 2, low, high, PARAM_STREAM % 2 == 1)
+        bits = random_bits(key, word + PARAM_STREAM // 2, low, high, PARAM_STREAM % 2 == 1, 16)
         tl.store(at[P] + offs, round_to_bf16(p, bits), mask=mask)
     else:
         tl.store(at[P] + offs, p.to(V.dtypes[P]), mask=mask)

@@ -107,7 +107,7 @@ def make(
             value = value * value + 2.0**-6 if name in r.unsigned else value * 0.25  # centered RMSprop: v above a²
             state, scale = value.to(torch.float64 if p_dtype == torch.float64 else torch.float32), torch.empty(0)
             if s_dtype == CODED and value.numel():
-                bits = torch.full((value.numel(),), 0x7FFF)
+                bits = torch.full((value.numel(),), codec.NEAREST)
                 state, scale = codec.quantize(value, torch.uint8 if name in r.unsigned else torch.int8, bits)
             elif s_dtype != CODED:
                 state = state.to(s_dtype)

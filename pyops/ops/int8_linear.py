@@ -25,6 +25,7 @@ import math
 import torch
 
 from pyops import backend
+from pyops.memory import has_values, put_on_huge_pages
 from pyops.ops.epilogue import activation_backward, check_activation, epilogue_ref
 from pyops.ops.registry import register
 
@@ -103,7 +104,7 @@ def quantize_int8(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if w.dim() != 2:
         raise ValueError(f"w must be [N, K], got shape {tuple(w.shape)}")
     q, scale = quantize_rows_ref(w.detach())
-    if _has_values(scale) and not bool(scale.isfinite().all()):
+    if has_values(scale) and not bool(scale.isfinite().all()):
         raise ValueError("w holds NaN or Inf and cannot be quantized")
     return q, scale
 
@@ -121,21 +122,11 @@ def pack_int8(q_w: torch.Tensor) -> torch.Tensor:
     padded = q_w.new_zeros(panels * PANEL_N, k4 * 4)
     padded[:N, :K] = q_w
     packed = q_w.new_empty(packed_shape(N, K))
-    _advise_huge_pages(packed, filled=False)
+    put_on_huge_pages(packed, filled=False)
     packed[:, 0] = (-128 * padded.sum(dim=1, dtype=torch.int32)).view(torch.int8).view(panels, PANEL_N * 4)
     packed[:, 1:].view(panels, k4, PANEL_N, 4).copy_(padded.view(panels, PANEL_N, k4, 4).transpose(1, 2))
-    _advise_huge_pages(packed, filled=True)
+    put_on_huge_pages(packed, filled=True)
     return packed
-
-
-def _advise_huge_pages(packed: torch.Tensor, filled: bool) -> None:
-    if backend.native is not None and packed.device.type == "cpu" and _has_values(packed):
-        backend.native.advise_huge_pages(packed.data_ptr(), packed.numel(), filled)
-
-
-def _has_values(t: torch.Tensor) -> bool:
-    """False while tracing, and for fake and meta tensors."""
-    return type(t) is torch.Tensor and not t.is_meta and not torch.compiler.is_compiling()
 
 
 def unpack_int8(packed: torch.Tensor, N: int, K: int) -> torch.Tensor:
@@ -320,7 +311,7 @@ def check_args(x, w_q, w_scale, bias, residual, activation, x_scale) -> None:
     if x_scale is not None and x_scale.numel() not in (1, math.prod(x.shape[:-1])):
         raise ValueError(f"x_scale has {x_scale.numel()} elements; expected 1 or {math.prod(x.shape[:-1])}, one a row")
     # Not on other devices, where looking would wait for them.
-    if x_scale is not None and x_scale.device.type == "cpu" and _has_values(x_scale):
+    if x_scale is not None and x_scale.device.type == "cpu" and has_values(x_scale):
         bad = ~(x_scale.isfinite() & (x_scale >= SMALLEST_AMAX))
         if bool(bad.any()):
             raise ValueError(f"x_scale is {x_scale[bad][0].item()}; it must be finite and at least 2**-119")

@@ -144,7 +144,8 @@ def _load(state: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 def _store(state: Tensor, scale: Tensor | None, value: Tensor, key: int, stream: int) -> None:
     if scale is not None and scale.numel():
-        codes, s = codec.quantize(value, state.dtype, codec.random_bits(key, stream, state.numel(), state.device))
+        bits = codec.random_bits(key, stream, state.numel(), state.device, codec.CUT_BITS)
+        codes, s = codec.quantize(value, state.dtype, bits)
         state.copy_(codes)
         scale.copy_(s)
     elif state.dtype == torch.bfloat16:

@@ -1,16 +1,17 @@
 """Narrow formats of optimizer state and parameters: 8-bit in blocks, and stochastic rounding.
 
 8-bit state holds one byte an element and one fp32 scale s = max|x| a block of 128 elements, in row-major order within
-each slice along dimension 0 (so that sharding by that dimension cuts no block). A square root compands, so that small
-values keep more of their precision, in signed states (int8) and in those that are never negative (uint8):
+each slice along dimension 0 (so that sharding by that dimension cuts no block). A code is a float of 4 bits of
+mantissa, y(c) = 2^⌊c/16⌋·(1 + (c mod 16)/16), moved so that zero is a value like others: steps are even next to zero,
+and further away from 3 to 6 % of the value.
 
-    signed     x = s·c·|c|/127²     c ∈ [-127, 127]
-    unsigned   x = s·c²/255²        c ∈ [0, 255]
+    signed     x = s·sign(c)·(y(|c|) - 1)/247     c ∈ [-127, 127]     (int8)
+    unsigned   x = s·(y(c) - 1)/63487             c ∈ [0, 255]        (uint8, of states that are never negative)
 
-Rounding is stochastic and keeps the expectation of x, so that a decay of one part in a thousand a step is not lost in
-it: with t = |x|·K²/s, K the largest code, and c = ⌊√t⌋ the code is c + 1 with the probability (t - c²)/((c + 1)² - c²).
-A positive unsigned x never becomes 0, so that no update divides by a root that vanished. A block with NaN or Inf gets
-the scale NaN, one whose largest value is below 10⁻³³ or so the scale 0.
+To encode, y = 1 + |x|·K/s is cut to 4 bits of mantissa after 19 random bits were added to those that are cut. This
+rounds up with the probability of what is cut off and so keeps the expectation of x: a decay of one part in a thousand a
+step is not lost. A positive unsigned x never becomes 0, so that no update divides by a root that vanished. A block with
+NaN or Inf gets the scale NaN, one whose largest value is below 10⁻³³ or so the scale 0.
 
 Randomness is a hash of (key, stream, index): the same on every backend, thread count and instruction set, and no memory
 is read for it. `mix` is the finalizer "lowbias32" of Chris Wellons' hash prospector; `random_bits` starts from a Weyl
@@ -27,6 +28,12 @@ from torch import Tensor
 
 BLOCK = 128
 """Elements that share a scale."""
+CUT_BITS = 19
+"""Of fp32's 23 bits of mantissa, those that 8-bit codes lack."""
+NEAREST = 1 << (CUT_BITS - 1)
+"""Random bits that make `quantize` round to the nearest."""
+ONE_BITS = 0x3F800000
+"""Those of 1 in fp32."""
 MASK32 = 0xFFFFFFFF
 
 
@@ -44,8 +51,8 @@ def word_key(key: int, stream: int) -> int:
     return mix((key & MASK32) ^ mix(((stream >> 1) + 0x9E3779B9) & MASK32))
 
 
-def random_bits(key: int, stream: int, numel: int, device: torch.device | str = "cpu") -> Tensor:
-    """int64 [numel], each uniform in [0, 2¹⁶): the upper half of its word for an even stream, else the lower."""
+def random_bits(key: int, stream: int, numel: int, device: torch.device | str = "cpu", count: int = 16) -> Tensor:
+    """int64 [numel], each uniform in [0, 2^count): the highest bits of its word for an even stream, else the lowest."""
     i = torch.arange(numel, device=device)
     own: Tensor | int = word_key(key, stream)
     if numel > MASK32:
@@ -53,7 +60,7 @@ def random_bits(key: int, stream: int, numel: int, device: torch.device | str = 
     x = (((i & MASK32) * 0x9E3779B1) + own) & MASK32
     x = ((x ^ (x >> 15)) * 0x85EBCA77) & MASK32
     x = x ^ (x >> 16)
-    return x & 0xFFFF if stream & 1 else x >> 16
+    return x & ((1 << count) - 1) if stream & 1 else x >> (32 - count)
 
 
 def bits_like(x: Tensor, key: int, stream: int) -> Tensor:
@@ -96,27 +103,29 @@ def _unblock(blocks: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _largest(dtype: torch.dtype) -> float:
-    return 255.0 if dtype == torch.uint8 else 127.0
+    """y - 1 of the largest code."""
+    return 2.0**15 * 1.9375 - 1 if dtype == torch.uint8 else 2.0**7 * 1.9375 - 1
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     """int8 or uint8 codes and their scales → fp32."""
-    c = _blocks(codes.float(), codes.shape)
-    s = scale.reshape(c.shape[0], c.shape[1], 1) * (1 / _largest(codes.dtype) ** 2)
-    return _unblock(s * (c * c.abs()), codes.shape)
+    c = _blocks(codes.int(), codes.shape)
+    s = scale.reshape(c.shape[0], c.shape[1], 1) * (1 / _largest(codes.dtype))
+    y = ((c.abs() << CUT_BITS) + ONE_BITS).view(torch.float32)
+    return _unblock(((y - 1) * s).copysign(c), codes.shape)
 
 
 def quantize(x: Tensor, dtype: torch.dtype, bits: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 → (codes of `dtype`, scales); `bits` from `random_bits`, an element each."""
-    unsigned, largest = dtype == torch.uint8, _largest(dtype)
+    """fp32 → (codes of `dtype`, scales); `bits` of CUT_BITS from `random_bits`, an element each."""
+    unsigned = dtype == torch.uint8
     blocks = _blocks(x, x.shape)
     scale = blocks.abs().amax(2, keepdim=True)
-    to_square = largest**2 / scale
-    usable = (to_square < 3e38) & scale.isfinite()
+    multiplier = _largest(dtype) * (1 - 2.0**-22) / scale  # a little less: no y is rounded to beyond the largest code
+    usable = (multiplier < 3e38) & scale.isfinite()
     scale = torch.where(scale.isfinite(), torch.where(usable, scale, 0.0), torch.nan)
-    u = _blocks((bits.float() * 2.0**-16).view(x.shape), x.shape)
-    t = torch.where(usable, blocks.abs() * to_square, 0.0)
-    c = t.sqrt().trunc()
-    c = (c + (t - c * c > u * (2 * c + 1))).clamp_(max=largest)
-    c = torch.where(t > 0, c.clamp(min=1), c) if unsigned else c * blocks.sign().nan_to_num(0.0)
-    return _unblock(c, x.shape).to(dtype), scale.view(scale_shape(x.shape))
+    y = 1 + torch.where(usable, blocks.abs() * multiplier, 0.0)
+    rounded = y.view(torch.int32) + _blocks(bits.view(x.shape), x.shape).int()
+    c = (rounded - ONE_BITS) >> CUT_BITS
+    positive = usable & (blocks > 0)
+    c = torch.where(positive, c.clamp(min=1), c) if unsigned else torch.where(blocks < 0, -c, c)
+    return _unblock(torch.where(usable, c, 0), x.shape).to(dtype), scale.view(scale_shape(x.shape))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyops.memory import put_on_huge_pages
 from pyops.ops import optim_codec as codec
 from pyops.optim.distributed import keeps_blocks, like, local, spec_of
 
@@ -14,9 +15,6 @@ MIN_NUMEL = 4096
 """Smaller tensors keep fp32 in 8-bit mode: there is little to save, and biases and norms are the most sensitive."""
 MIN_ROW = 32
 """So do tensors with shorter slices along dimension 0, whose scales would outweigh what is saved."""
-NEAREST = 0x7FFF
-"""Random bits that make `codec.quantize` round to the nearest."""
-
 WIDE = {
     torch.float32: torch.float32,
     torch.bfloat16: torch.float32,
@@ -62,9 +60,13 @@ def make(p: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | None = None) ->
         zeros = torch.zeros([shape[i] for i in order], dtype=dtype, device=p.device)
         return like(zeros.permute([order.index(i) for i in range(p.dim())]), p, shape), None
     if dtype not in CODES:
-        return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False), None
+        zeros = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+        put_on_huge_pages(local(zeros))
+        return zeros, None
     here = local(p)
-    codes = like(torch.zeros(here.shape, dtype=dtype, device=p.device), p, p.shape)
+    zeros = torch.zeros(here.shape, dtype=dtype, device=p.device)
+    put_on_huge_pages(zeros)
+    codes = like(zeros, p, p.shape)
     scale = torch.zeros(codec.scale_shape(here.shape), dtype=torch.float32, device=p.device)
     return codes, like(scale, p, codec.scale_shape(p.shape))
 
@@ -75,7 +77,7 @@ def write(state: Tensor, scale: Tensor | None, values: Tensor) -> None:
     if scale is None:
         here.copy_(values)
         return
-    bits = torch.full((values.numel(),), NEAREST, device=values.device)
+    bits = torch.full((values.numel(),), codec.NEAREST, device=values.device)
     codes, scales = codec.quantize(values.float(), state.dtype, bits)
     here.copy_(codes)
     local(scale).copy_(scales)

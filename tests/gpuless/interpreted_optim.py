@@ -403,10 +403,10 @@ def test_order_of_programs_does_not_change_a_bit(rule):
 
 
 @triton.jit
-def _random_bits_kernel(out_ptr, low, high, key, word, ODD: tl.constexpr, BLOCK: tl.constexpr):
+def _random_bits_kernel(out_ptr, low, high, key, word, ODD: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     index = low.to(tl.uint32) + offs.to(tl.uint32)
-    bits = optim_codec.random_bits(key.to(tl.uint32), word.to(tl.uint32), index, high.to(tl.uint32), ODD)
+    bits = optim_codec.random_bits(key.to(tl.uint32), word.to(tl.uint32), index, high.to(tl.uint32), ODD, COUNT)
     tl.store(out_ptr + offs, bits.to(tl.int32))
 
 
@@ -420,34 +420,36 @@ def _codec_kernel(x_ptr, bits_ptr, codes_ptr, scale_ptr, y_ptr, narrow_ptr, UNSI
     tl.store(codes_ptr + offs, codes)
     tl.store(scale_ptr + rows, scale)
     tl.store(y_ptr + offs, optim_codec.dequantize(codes, scale))
-    tl.store(narrow_ptr + offs, optim_codec.round_to_bf16(x, bits))
+    tl.store(narrow_ptr + offs, optim_codec.round_to_bf16(x, bits & 0xFFFF))
 
 
+@pytest.mark.parametrize("count", [16, codec.CUT_BITS])
 @pytest.mark.parametrize("stream", [0, 1, 6, 8 * 77 + 3])
-def test_random_bits(stream):
+def test_random_bits(stream, count):
     out = torch.empty(256, dtype=torch.int32)
     for key in (0, 12345, 2**32 - 2):
-        _random_bits_kernel[(1,)](out, 0, 0, kernels._int32(key), stream // 2, stream % 2, 256)
-        assert torch.equal(out.long(), codec.random_bits(key, stream, 256))
+        _random_bits_kernel[(1,)](out, 0, 0, kernels._int32(key), stream // 2, stream % 2, count, 256)
+        assert torch.equal(out.long(), codec.random_bits(key, stream, 256, count=count))
         # The reference for one index beyond 2³², written out.
-        _random_bits_kernel[(1,)](out, 5, 3, kernels._int32(key), stream // 2, stream % 2, 256)
+        _random_bits_kernel[(1,)](out, 5, 3, kernels._int32(key), stream // 2, stream % 2, count, 256)
         x = (5 * 0x9E3779B1 + (codec.word_key(key, stream) ^ codec.mix(3))) & codec.MASK32
         x = ((x ^ (x >> 15)) * 0x85EBCA77) & codec.MASK32
         x ^= x >> 16
-        assert out[0] == (x & 0xFFFF if stream % 2 else x >> 16)
+        assert out[0] == (x & ((1 << count) - 1) if stream % 2 else x >> (32 - count))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
 def test_codec(dtype):
-    """Blocks from the smallest numbers to the largest, squares of integers, NaN, Inf and zeros."""
+    """Blocks from the smallest numbers to the largest, values on the grid, NaN, Inf and zeros."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(16, 128, generator=g) * torch.logspace(-44, 37, 16)[:, None]
     x[0], x[1, 5], x[2, 6], x[3, ::2] = 0.0, float("nan"), float("-inf"), 0.0
-    x[4] = torch.arange(128.0) ** 2 * x[4].abs().max()
+    x[4] = codec.dequantize(torch.arange(128, dtype=dtype), x[4].abs().max().view(1))
     x[5, 1:] = x[5, 0] * 1e-6
     if dtype == torch.uint8:
         x = x.abs()
-    for bits in (torch.randint(0, 2**16, x.shape, generator=g), torch.zeros_like(x), torch.full_like(x, 65535)):
+    most = 2**codec.CUT_BITS - 1
+    for bits in (torch.randint(0, most + 1, x.shape, generator=g), torch.zeros_like(x), torch.full_like(x, most)):
         bits = bits.int()
         codes, scale, y = torch.empty(x.shape, dtype=dtype), torch.empty(16), torch.empty(x.shape)
         narrow = torch.empty(x.shape, dtype=BF16)
@@ -456,7 +458,7 @@ def test_codec(dtype):
         assert torch.equal(codes, expected_codes)
         torch.testing.assert_close(scale, expected_scale.view(-1), rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(y, codec.dequantize(codes, expected_scale), rtol=0, atol=0, equal_nan=True)
-        torch.testing.assert_close(narrow, codec.round_to_bf16(x, bits), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(narrow, codec.round_to_bf16(x, bits & 0xFFFF), rtol=0, atol=0, equal_nan=True)
 
 
 # --------------------------------------------------------------------------------------------------------- Σ x², the op
