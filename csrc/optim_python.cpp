@@ -1,8 +1,8 @@
 // The optimizer table as a Python class: built once, checked against the tensors it points to at every step.
 //
 // A step over a thousand tensors takes a millisecond; reading four lists of them through the dispatcher takes as long.
-// So a table keeps raw pointers and, for each parameter, what it was built from. `refresh` walks those objects (0.3 µs
-// a parameter), takes the pointers of gradients that moved, and says no if anything else is not what it was.
+// So a table keeps raw pointers and, for each parameter, what it was built from. `refresh` walks those objects, takes
+// the pointers of gradients that moved, and says no if anything else is not what it was.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -44,10 +44,10 @@ struct Counter {
 
 // What a parameter must still be for its entry to hold.
 struct Watch {
-  py::object param, state, grad_dtype, grad_strides;  // grad_strides is None where the gradient must be contiguous
+  py::object param, state;
   struct Value {
     py::object key, tensor;
-    uintptr_t data;  // 0 where being the same object is enough
+    uintptr_t data;
   };
   std::vector<Value> values;  // of `state`
   uintptr_t param_data;
@@ -58,9 +58,8 @@ struct Watch {
 // Methods and names that refresh calls for every parameter.
 struct Names {
   py::object tensor = py::module_::import("torch").attr("Tensor");
-  py::object data_ptr = tensor.attr("data_ptr"), is_contiguous = tensor.attr("is_contiguous"),
-             stride = tensor.attr("stride");
-  py::str grad{"grad"}, dtype{"dtype"}, local{"_local_tensor"}, params{"params"};
+  py::object data_ptr = tensor.attr("data_ptr");
+  py::str grad{"grad"}, local{"_local_tensor"}, params{"params"};
   static const Names& get() {
     static const Names* names = new Names();  // never freed: the interpreter may be gone by then
     return *names;
@@ -107,16 +106,15 @@ class PyTable {
     return table_.add(e, rule, sizes, strides);
   }
 
-  void watch(py::object param, bool local, py::object grad_dtype, py::object grad_strides, py::object state,
-             const py::dict& values, const py::dict& counters, int64_t entry) {
-    Watch w{param, state, grad_dtype, grad_strides, {}, 0, entry, local};
+  void watch(py::object param, bool local, py::object state, const py::dict& values, const py::dict& counters,
+             int64_t entry) {
+    Watch w{param, state, {}, 0, entry, local};
     if (entry >= 0) {
       w.param_data = data_of(tensor_of(w, param));
-      for (const auto& [key, value] : values)
-        w.values.push_back({py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value),
-                            data_of(tensor_of(w, value))});
-      for (const auto& [key, value] : counters)
-        w.values.push_back({py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value), 0});
+      for (const py::dict* some : {&values, &counters})
+        for (const auto& [key, value] : *some)
+          w.values.push_back({py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value),
+                              data_of(tensor_of(w, value))});
     }
     watches_.push_back(std::move(w));
   }
@@ -129,21 +127,24 @@ class PyTable {
     table_.cut();
   }
 
-  // True if every parameter of `groups` is still what the table was built from; gradients may have moved.
-  bool refresh(const py::dict& state, const py::list& groups) {
+  // The gradients (of DTensors the local ones), if every parameter of `groups` and its state are the objects that the
+  // table was built from, at the same addresses; else None. Whether all have the same sizes, strides and dtypes as well
+  // is left to the caller.
+  py::object refresh(const py::dict& state, const py::list& groups) {
     size_t at = 0;
     for (const py::handle& group : groups) {
       const py::object params = group[Names::get().params];
-      if (!PyList_Check(params.ptr())) return false;
+      if (!PyList_Check(params.ptr())) return py::none();
       const Py_ssize_t count = PyList_GET_SIZE(params.ptr());
-      if (at + count > watches_.size()) return false;
+      if (at + count > watches_.size()) return py::none();
       for (Py_ssize_t i = 0; i < count; i++, at++)
-        if (PyList_GET_ITEM(params.ptr(), i) != watches_[at].param.ptr()) return false;
+        if (PyList_GET_ITEM(params.ptr(), i) != watches_[at].param.ptr()) return py::none();
     }
-    if (at != watches_.size() || !same_state(state)) return false;
+    if (at != watches_.size() || !same_state(state)) return py::none();
+    py::list grads;
     for (const Watch& w : watches_)
-      if (!still_valid(w)) return false;
-    return true;
+      if (!still_valid(w, grads)) return py::none();
+    return grads;
   }
 
   auto chunks() const { return table_.chunks(); }
@@ -231,7 +232,7 @@ class PyTable {
     return at == state_.size();
   }
 
-  bool still_valid(const Watch& w) {
+  bool still_valid(const Watch& w, py::list& grads) {
     const Names& names = Names::get();
     py::object grad = attribute(w.param, names.grad);
     if (grad.is_none() || w.entry < 0) return grad.is_none() && w.entry < 0;
@@ -241,15 +242,13 @@ class PyTable {
       grad = attribute(grad, names.local);
       param = attribute(param, names.local);
     }
-    if (data_of(param) != w.param_data || attribute(grad, names.dtype).ptr() != w.grad_dtype.ptr()) return false;
-    if (w.grad_strides.is_none() ? call(names.is_contiguous, grad).ptr() != Py_True
-                                 : !call(names.stride, grad).equal(w.grad_strides))
-      return false;
+    if (data_of(param) != w.param_data) return false;
     for (const Watch::Value& v : w.values) {
       if (PyDict_GetItemWithError(w.state.ptr(), v.key.ptr()) != v.tensor.ptr()) return false;
-      if (v.data && data_of(tensor_of(w, v.tensor)) != v.data) return false;
+      if (data_of(tensor_of(w, v.tensor)) != v.data) return false;
     }
     table_.entries[w.entry].g.data = reinterpret_cast<void*>(data_of(grad));
+    grads.append(std::move(grad));
     return true;
   }
 

@@ -155,7 +155,7 @@ PYOPS_INLINE Vec max_magnitude(Vec m, Vec a) {
   }
   return m;
 }
-// √a, 1/√a for a ≥ 0, and a / b, at worst with 13 bits; where a is finite, and 1/√0 is finite.
+// √a, 1/√a for a ≥ 0, and a / b, at worst with 13 bits; 1/√0 is finite.
 PYOPS_INLINE Vec rough_sqrt(Vec a) { return sqrt(a); }
 PYOPS_INLINE Vec rough_rsqrt(Vec a) { return set1(1.0f) / sqrt(max(set1(1.17549435e-38f), a)); }
 PYOPS_INLINE Vec rough_div(Vec a, Vec b) { return a / b; }
@@ -541,7 +541,10 @@ PYOPS_INLINE uint32_t max_magnitude_bits(Vec a) {
   return static_cast<uint32_t>(_mm512_reduce_max_epi32(_mm512_castps_si512(abs(a).v)));
 }
 PYOPS_INLINE Vec rough_rsqrt(Vec a) { return {_mm512_rsqrt14_ps(_mm512_max_ps(_mm512_set1_ps(0x1p-126f), a.v))}; }
-PYOPS_INLINE Vec rough_sqrt(Vec a) { return a * rough_rsqrt(a); }
+PYOPS_INLINE Vec rough_sqrt(Vec a) {
+  const __mmask16 infinite = _mm512_fpclass_ps_mask(a.v, 0x08);  // where the product is Inf · 0
+  return {_mm512_mask_mul_ps(a.v, static_cast<__mmask16>(~infinite), a.v, rough_rsqrt(a).v)};
+}
 PYOPS_INLINE Vec with_sign(Vec a, Vec b) {
   const __m512i size = _mm512_castps_si512(a.v), sign = _mm512_castps_si512(b.v);
   return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_set1_epi32(INT32_MIN), sign, size, 0xea))};

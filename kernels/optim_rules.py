@@ -122,7 +122,7 @@ def adadelta(p, g, states, c):
 @triton.jit
 def lion(p, g, states, c):
     x = c[1] * states[0] + c[2] * g
-    sign = tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
+    sign = tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x * 0.0))  # NaN stays
     return p - c[0] * sign, (states[0] * c[3] + g * c[4],)
 
 

@@ -411,3 +411,13 @@ def test_default_options_are_covered(name):
     for p in inspect.signature(theirs(name).__init__).parameters.values():
         if isinstance(p.default, bool):
             assert p.name in switched
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_nan_reaches_the_parameter(name, isa):
+    p = torch.ones(40, requires_grad=True)
+    p.grad = torch.ones(40)
+    p.grad[7] = torch.nan
+    ours(name)([p], lr=0.1).step()
+    assert p[7].isnan()
+    assert name == "LAMB" or p.isnan().sum() == 1  # LAMB divides by the norm of all

@@ -95,6 +95,20 @@ def test_masks_of_any_layout_and_dtype(dtype):
         torch.testing.assert_close(p, torch.where(mask, q, 0.0), check_stride=False, **EXACT)
 
 
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("same", [True, False], ids=["gradient alike", "gradient row-major"])
+@pytest.mark.parametrize("turn", [lambda t: t.to(memory_format=torch.channels_last), lambda t: t.transpose(0, 1)])
+def test_masks_where_memory_is_in_another_order(turn, same, state_dtype):
+    p = turn(randn(40, 32, 3, 3)).requires_grad_()
+    mask = torch.rand(p.shape, generator=torch.Generator().manual_seed(0)) > 0.5
+    optimizer = ours("AdamW")([p], masks={p: mask}, state_dtype=state_dtype)
+    for step in range(3):
+        g = randn(*p.shape, seed=step)
+        p.grad = torch.empty_like(p).copy_(g) if same else g
+        optimizer.step()
+    assert torch.equal(p != 0, mask)
+
+
 def test_masks_of_complex_parameters():
     p = torch.complex(randn(4, 3), randn(4, 3, seed=1)).requires_grad_()
     mask = randn(4, 3, seed=2) > 0

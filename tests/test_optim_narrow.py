@@ -56,16 +56,30 @@ def test_which_tensors_keep_fp32_in_int8_mode():
 @pytest.mark.parametrize(("name", "options"), RICH, ids=case_id)
 def test_narrow_states_train_as_well(name, options, state_dtype, threads):
     threads(1)  # the reference's many small operations
-    losses = []
-    for dtype in ("float32", state_dtype):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(64, 80), nn.Tanh(), nn.Linear(80, 1))
-        options = {k: v for k, v in options.items() if k not in ("maximize", "betas", "lr_decay", "alpha")}
-        optimizer = ours(name)(model.parameters(), **options, state_dtype=dtype)
-        losses.append(sum(train(model, optimizer, 40)[-5:]))
-    # The variance v - a² of almost equal gradients loses most of its bits in the difference.
-    limit = 1.5 if options.get("centered") and state_dtype == "int8" else 1.15
-    assert losses[1] < limit * losses[0] + 1e-3
+    options = {k: v for k, v in options.items() if k not in ("maximize", "betas", "lr_decay", "alpha")}
+    chaotic = "centered" in options  # by half from seed to seed, and v - a² of almost equal gradients has few bits
+    losses = dict.fromkeys(("float32", state_dtype), 0.0)
+    for seed in range(3 if chaotic else 1):
+        for dtype in losses:
+            torch.manual_seed(seed)
+            model = nn.Sequential(nn.Linear(64, 80), nn.Tanh(), nn.Linear(80, 1))
+            optimizer = ours(name)(model.parameters(), **options, state_dtype=dtype)
+            losses[dtype] += sum(train(model, optimizer, 40)[-5:])
+    assert losses[state_dtype] < (1.6 if chaotic else 1.15) * losses["float32"] + 1e-3
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("name", ["AdamW", "NAdam", "RMSprop", "Adagrad", "LAMB"])
+def test_square_that_overflows_stops_its_element_alone(name, state_dtype, isa):
+    """The second moment becomes Inf. In 8 bits it takes the 127 others of its block along, from the next step on."""
+    p = torch.ones(64, 128, requires_grad=True)
+    optimizer = ours(name)([p], lr=1e-2, state_dtype=state_dtype)
+    p.grad = torch.full_like(p, 0.5)
+    p.grad[3, 5] = 2e21
+    optimizer.step()
+    assert p.isfinite().all()
+    assert abs(p[3, 5].item() - 1) < 1e-3
+    assert (p != 1).sum() >= p.numel() - 1 or name == "LAMB"  # the norm of its update overflows
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW", "LAMB"])

@@ -29,6 +29,7 @@ from optim_cases import (
 
 from pyops import backend
 from pyops.ops import optim_codec as codec
+from pyops.optim import table
 
 FP32 = {"rtol": 2e-5, "atol": 2e-6}
 FULL = {"ema_decay": 0.9, "l1": 0.01, "stochastic_rounding": True, "state_dtype": "bfloat16"}
@@ -474,7 +475,7 @@ def test_parameters_cast_after_the_first_step(name):
 
 
 @needs_native
-@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "step"])
 def test_state_whose_memory_moved_is_noticed(name):
     """`.data =` keeps the tensor object and frees what the table points to."""
     p = torch.nn.Parameter(randn(50))
@@ -487,6 +488,68 @@ def test_state_whose_memory_moved_is_noticed(name):
     assert not table.holds(optimizer)
     optimizer.step()
     assert optimizer._table is not table
+
+
+def test_parameter_that_shrinks_in_place():
+    """At the same address; the gradient has to be as small."""
+    whole = randn(1000)
+    p = torch.nn.Parameter(whole[:])
+    optimizer = ours("SGD")([p], lr=1.0, zero_grad=True)
+    p.grad = torch.ones(1000)
+    optimizer.step()
+    p.grad = None
+    p.data = whole[:10]
+    p.grad = torch.ones(10)
+    before = whole.clone()
+    optimizer.step()
+    assert torch.equal(p, before[:10] - 1)
+    assert torch.equal(whole[10:], before[10:])
+
+
+@pytest.mark.parametrize("geometry", [None, table.Geometry], ids=["guards", "geometry"])
+@pytest.mark.parametrize("name", ["SGD", "Adafactor"])
+def test_parameter_that_is_transposed_in_place(name, geometry, monkeypatch):
+    if geometry:
+        monkeypatch.setattr(table, "geometry", lambda tensors: geometry(*tensors))
+    p, q = (torch.nn.Parameter(randn(5, 5)) for _ in range(2))
+    ends = []
+    for x, turn in ((p, lambda t: t.t()), (q, lambda t: t.t().contiguous())):
+        optimizer = ours(name)([x], lr=1.0)
+        for step in range(3):
+            x.grad = randn(5, 5, seed=step)
+            optimizer.step()
+            if step == 0:
+                x.data = turn(x.data)
+                if name == "Adafactor":
+                    optimizer.state.clear()
+        ends.append(x.detach())
+    torch.testing.assert_close(*ends, check_stride=False)
+
+
+def test_gradient_that_is_negated_lazily():
+    z = torch.complex(randn(7), randn(7, seed=1))
+    p = torch.nn.Parameter(torch.zeros(7))
+    optimizer = ours("SGD")([p], lr=1.0)
+    grads = [z.conj().imag, randn(14)[::2], z.conj().imag]  # the same strides
+    for g in grads:
+        p.grad = g
+        optimizer.step()
+    assert grads[0].is_neg()
+    torch.testing.assert_close(p.detach(), -sum(g.resolve_neg() for g in grads))
+
+
+@pytest.mark.parametrize(
+    "value", [torch.full((5000,), 127.0), torch.tensor([255.0, 3.0, -7.0]), torch.arange(-64, 64.0)]
+)
+def test_integers_are_no_codes(value):
+    """Of fp32 states that hold integers only those are refused whose blocks all look like codes."""
+    p = torch.zeros(value.shape, requires_grad=True)
+    theirs = torch.optim.SGD([p], lr=1.0, momentum=0.9)
+    p.grad = value.clone()
+    theirs.step()
+    optimizer = ours("SGD")([p], lr=1.0, momentum=0.9)
+    optimizer.load_state_dict(theirs.state_dict())
+    assert torch.equal(optimizer.state[p]["momentum_buffer"], value)
 
 
 @needs_native

@@ -8,10 +8,10 @@ and further away from 3 to 6 % of the value.
     signed     x = s·sign(c)·(y(|c|) - 1)/247     c ∈ [-127, 127]     (int8)
     unsigned   x = s·(y(c) - 1)/63487             c ∈ [0, 255]        (uint8, of states that are never negative)
 
-To encode, y = 1 + |x|·K/s is cut to 4 bits of mantissa after 19 random bits were added to those that are cut. This
+To encode, y = 1 + |x|·(247 or 63487)/s is cut to 4 bits of mantissa after 19 random bits were added to those that are cut. This
 rounds up with the probability of what is cut off and so keeps the expectation of x: a decay of one part in a thousand a
 step is not lost. A positive unsigned x never becomes 0, so that no update divides by a root that vanished. A block with
-NaN or Inf gets the scale NaN, one whose largest value is below 10⁻³³ or so the scale 0.
+NaN or Inf gets the scale NaN, one whose largest value is below 2·10⁻³⁴ (unsigned) or 8·10⁻³⁷ the scale 0.
 
 Randomness is a hash of (key, stream, index): the same on every backend, thread count and instruction set, and no memory
 is read for it. `mix` is the finalizer "lowbias32" of Chris Wellons' hash prospector; `random_bits` starts from a Weyl
@@ -88,18 +88,18 @@ def scale_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
     return shape[0], -(-rest // BLOCK)
 
 
-def _blocks(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+def blocks(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """[..., 128] with zeros behind the last element of a slice."""
     rows = x.reshape(shape[0], math.prod(shape[1:])) if len(shape) > 1 else x.reshape(1, -1)
     rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % BLOCK))
     return rows.view(rows.shape[0], rows.shape[1] // BLOCK, BLOCK)
 
 
-def _unblock(blocks: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _unblock(values: Tensor, shape: tuple[int, ...]) -> Tensor:
     numel_of_row = 1
     for size in shape[1:] if len(shape) > 1 else shape:
         numel_of_row *= size
-    return blocks.flatten(1)[:, :numel_of_row].reshape(shape)
+    return values.flatten(1)[:, :numel_of_row].reshape(shape)
 
 
 def _largest(dtype: torch.dtype) -> float:
@@ -109,7 +109,7 @@ def _largest(dtype: torch.dtype) -> float:
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     """int8 or uint8 codes and their scales → fp32."""
-    c = _blocks(codes.int(), codes.shape)
+    c = blocks(codes.int(), codes.shape)
     s = scale.reshape(c.shape[0], c.shape[1], 1) * (1 / _largest(codes.dtype))
     y = ((c.abs() << CUT_BITS) + ONE_BITS).view(torch.float32)
     return _unblock(((y - 1) * s).copysign(c), codes.shape)
@@ -118,14 +118,14 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
 def quantize(x: Tensor, dtype: torch.dtype, bits: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 → (codes of `dtype`, scales); `bits` of CUT_BITS from `random_bits`, an element each."""
     unsigned = dtype == torch.uint8
-    blocks = _blocks(x, x.shape)
-    scale = blocks.abs().amax(2, keepdim=True)
+    values = blocks(x, x.shape)
+    scale = values.abs().amax(2, keepdim=True)
     multiplier = _largest(dtype) * (1 - 2.0**-22) / scale  # a little less: no y is rounded to beyond the largest code
     usable = (multiplier < 3e38) & scale.isfinite()
     scale = torch.where(scale.isfinite(), torch.where(usable, scale, 0.0), torch.nan)
-    y = 1 + torch.where(usable, blocks.abs() * multiplier, 0.0)
-    rounded = y.view(torch.int32) + _blocks(bits.view(x.shape), x.shape).int()
+    y = 1 + torch.where(usable, values.abs() * multiplier, 0.0)
+    rounded = y.view(torch.int32) + blocks(bits.view(x.shape), x.shape).int()
     c = (rounded - ONE_BITS) >> CUT_BITS
-    positive = usable & (blocks > 0)
-    c = torch.where(positive, c.clamp(min=1), c) if unsigned else torch.where(blocks < 0, -c, c)
+    positive = usable & (values > 0)
+    c = torch.where(positive, c.clamp(min=1), c) if unsigned else torch.where(values < 0, -c, c)
     return _unblock(torch.where(usable, c, 0), x.shape).to(dtype), scale.view(scale_shape(x.shape))

@@ -48,10 +48,11 @@ def add_entry(
     stream: int,
     group: int = 0,
     first: int = 0,
+    kept: list[Tensor] | None = None,
 ) -> int:
     """Put a parameter into an `OptimTable`; returns its index. `stream` counts parameters.
 
-    The table keeps addresses: whoever calls this keeps the tensors.
+    The table keeps addresses: whoever calls this keeps the tensors, and what is appended to `kept`.
     """
     _check(rule, p, g, states, scales, scalars, ema, mask)
     narrow = any(s is not None and s.numel() for s in scales)
@@ -61,8 +62,9 @@ def add_entry(
         one_order = True
     else:
         one_order = not narrow and all(t.stride() == p.stride() for t in given) and is_dense(p)
-    if mask is not None and mask.stride() != (p.stride() if one_order else mask.contiguous().stride()):
-        raise ValueError("mask has another memory layout than its parameter")
+    if mask is not None:
+        mask = _laid_out(mask, p if one_order else None)
+        kept.append(mask)
     strides = [[] if t is None or one_order or t.is_contiguous() else list(t.stride()) for t in operands]
     row = p.numel() // p.shape[0] if narrow and p.dim() > 1 and p.numel() else p.numel()
     return table.add(
@@ -117,10 +119,10 @@ def _check(rule, p, g, states, scales, scalars, ema, mask) -> None:
             raise ValueError(f"states: {name} is {t.dtype}, of a {p.dtype} parameter")
 
 
-def layout_of_mask(mask: Tensor, p: Tensor) -> Tensor:
-    """The mask as bytes in the order in which the kernel walks through p."""
+def _laid_out(mask: Tensor, p: Tensor | None) -> Tensor:
+    """The mask as bytes in the order in which the kernel walks: that of p's memory, or row by row."""
     mask = mask if mask.dtype in (torch.uint8, torch.bool) else mask != 0
-    if p.is_contiguous() or not is_dense(p):
+    if p is None:
         return mask.contiguous()
     return mask if mask.stride() == p.stride() else torch.empty_like(p, dtype=mask.dtype).copy_(mask)
 
@@ -176,10 +178,8 @@ def optim_step(
     h = hyper_dict(r, hyper, lr)
     k, n = len(r.states), len(r.scalars)
     table = backend.native.OptimTable()
-    kept = []
+    kept: list[Tensor] = []
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-        mask = layout_of_mask(masks[i], p) if masks and masks[i].numel() else None
-        kept.append(mask)
         add_entry(
             table,
             r,
@@ -189,9 +189,10 @@ def optim_step(
             scales[i * k : (i + 1) * k],
             scalars[i * n : (i + 1) * n],
             ema[i] if ema else None,
-            mask,
+            masks[i] if masks and masks[i].numel() else None,
             stream + i,
             first=first[i] if first else 0,
+            kept=kept,
         )
     table.cut({})
     factor = 1.0 if multiplier is None else multiplier.item()

@@ -357,7 +357,8 @@ def _lion(p, g, states, c):
     """p ← p - lr·sign(β₁m + (1-β₁)g);   m ← β₂m + (1-β₂)g."""
     lr, beta1, w1, beta2, w2 = c
     (m,) = states
-    p = p - lr * (beta1 * m + w1 * g).sign_()
+    d = beta1 * m + w1 * g
+    p = p - lr * torch.where(d.isnan(), d, d.sign())  # torch's sign of NaN is 0
     m.mul_(beta2).add_(g * w2)
     return p
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from pyops.ops import optim_codec as codec
 from pyops.optim import ema
 from pyops.optim.distributed import local, shard_as
-from pyops.optim.state import CODES, SCALE, WIDE, make, stored_dtype, widened, write
+from pyops.optim.state import CODES, SCALE, WIDE, make, stored_dtype, widened, worth_quantizing, write
 
 if TYPE_CHECKING:
     from pyops.optim.base import FusedOptimizer
@@ -166,7 +166,7 @@ class _Reader:
             raise self._error(name, f"is {value.dtype} and has scales; allowed: {CODES}")
         elif value.dtype not in WIDE or value.is_complex() != p.is_complex():
             raise self._error(name, f"is {value.dtype}, the parameter {p.dtype}")
-        elif name in self.states and _are_codes(local(value)):
+        elif name in self.states and worth_quantizing(p) and _are_codes(local(value), self.states[name]):
             raise self._error(name, "holds 8-bit codes without their scales; load them with state_dtype='int8'")
         state, own_scale = make(p, dtype, shape)
         write(state, own_scale, self._shard(name, value).to(p.device))
@@ -194,14 +194,18 @@ class _Reader:
             raise self._error(name, str(error)) from None
 
 
-def _are_codes(value: Tensor) -> bool:
-    """True if floats can only be codes: integers, of which the largest is one that a block has at its largest value.
+def _are_codes(value: Tensor, unsigned: bool) -> bool:
+    """True if floats can only be codes: integers, in each block the largest next to the largest code, or all zero.
 
     `torch.distributed.checkpoint` copies an int8 state into a tensor of any dtype that it finds under the same name.
     """
-    if value.is_meta or value.is_complex() or not value.numel():
+    if value.is_meta or value.is_complex() or not value.numel() or not bool((value == value.round()).all()):
         return False
-    return value.abs().max().item() in (126, 127, 254, 255) and bool((value == value.round()).all())
+    sizes = value.abs()
+    if bool((sizes == sizes.max()).all()):  # the sum of 127 gradients of 1, say
+        return False
+    tops, largest = codec.blocks(sizes, sizes.shape).amax(2), 255 if unsigned else 127
+    return bool(((tops == 0) | (tops == largest) | (tops == largest - 1)).all())
 
 
 def scalar_dtype() -> torch.dtype:

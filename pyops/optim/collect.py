@@ -124,6 +124,8 @@ class Collector:
         call.first.append(first)
         call.params.append(given(p))
         placed = g if as_is else distributed.placed_as(g, p)
+        if placed.is_neg() or placed.is_conj():  # its memory holds something else
+            placed = placed.resolve_conj().resolve_neg()
         if placed is not g:
             call.copied.append(g)
         call.grads.append(given(placed))

@@ -38,12 +38,13 @@ def stored_dtype(p: Tensor, state_dtype: str, unsigned: bool) -> torch.dtype:
     """The dtype in which a state of p is held."""
     if state_dtype == "bfloat16":
         return torch.bfloat16
-    if state_dtype == "int8" and _worth_quantizing(p):
+    if state_dtype == "int8" and worth_quantizing(p):
         return torch.uint8 if unsigned else torch.int8
     return WIDE[p.dtype]
 
 
-def _worth_quantizing(p: Tensor) -> bool:
+def worth_quantizing(p: Tensor) -> bool:
+    """True if states of p have 8 bits in 8-bit mode."""
     if p.dim() == 0 or p.numel() < MIN_NUMEL or not keeps_blocks(spec_of(p), p.shape):
         return False
     return p.dim() == 1 or p.numel() // p.shape[0] >= MIN_ROW

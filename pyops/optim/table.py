@@ -2,12 +2,13 @@
 
 Collecting the tensors of a thousand parameters in Python takes longer than stepping them. The table of the compiled
 extension (`csrc/optim_python.cpp`) is built from what was collected once; before each further step it checks that every
-parameter, gradient and state is still what it was built from, in a third of a microsecond each, and is dropped if not.
+parameter, gradient and state is still what it was built from, a microsecond for a parameter, and is dropped if not.
 All groups step in one parallel region.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,21 +36,24 @@ class Table:
         self._averaged = optimizer.options.ema_decay is not None
         self._rules = [optimizer._rule(group) for group in optimizer.param_groups]
         self._masks: list[Tensor | None] = []
-        self._kept: list[Tensor] = []  # masks in the order of their parameters
+        self._kept: list[Tensor] = []  # masks as the kernel wants them
+        # Whose strides could change unnoticed. Other sizes show in the gradient's, which have to be the parameter's.
+        self._held: list[Tensor] = []
         self.params: list[Tensor] = []
         self.calls = calls
         self._by_spec: dict[distributed.Spec | None, list[Tensor]] = {}
-        entries: dict[Tensor, tuple[int, Tensor]] = {}
+        entries: dict[Tensor, int] = {}
         for i, call in enumerate(calls):
             for j, p in enumerate(call.originals):
-                entries[p] = self._add(i, call, j), call.grads[j]
+                entries[p] = self._add(i, call, j)
                 self._by_spec.setdefault(call.specs[j] if call.specs else None, []).append(p)
             self.params += call.originals
             call.grads = []  # the table must not keep gradients alive that the next backward replaces
         for group, rule in zip(optimizer.param_groups, self._rules, strict=True):
             for p in group["params"]:
-                self._watch(optimizer, p, rule, *entries.get(p, (-1, None)))
+                self._watch(optimizer, p, rule, entries.get(p, -1))
         self._native.cut(optimizer.state)
+        self._geometry = geometry([*self._local(), *self._native.refresh(optimizer.state, optimizer.param_groups)])
 
     @classmethod
     def of(cls, optimizer: FusedOptimizer, calls: list[Call]) -> Table | None:
@@ -68,10 +72,6 @@ class Table:
     def _add(self, group: int, call: Call, i: int) -> int:
         k, n = len(call.rule.states), len(call.rule.scalars)
         p = call.params[i]
-        mask = None
-        if call.masks and call.masks[i].numel():
-            mask = optim_native.layout_of_mask(call.masks[i], p)
-            self._kept.append(mask)
         return optim_native.add_entry(
             self._native,
             call.rule,
@@ -81,13 +81,14 @@ class Table:
             call.scales[i * k : (i + 1) * k],
             call.scalars[i * n : (i + 1) * n],
             call.ema[i] if call.ema else None,
-            mask,
+            call.masks[i] if call.masks and call.masks[i].numel() else None,
             call.stream + i,
             group,
             call.first[i] if call.first else 0,
+            self._kept,
         )
 
-    def _watch(self, optimizer: FusedOptimizer, p: Tensor, rule: Rule, entry: int, g: Tensor | None) -> None:
+    def _watch(self, optimizer: FusedOptimizer, p: Tensor, rule: Rule, entry: int) -> None:
         state = optimizer.state.get(p)
         values, counters = {}, {}
         if entry >= 0 and state:
@@ -95,10 +96,14 @@ class Table:
             values = {name: state[name] for name in wanted if name in state}
             counters = {name: state[name] for name in rule.scalars}
         self._masks.append(optimizer._masks.get(p)[0] if optimizer._masks else None)
-        strides = None if g is None or g.is_contiguous() else g.stride()
-        dtype = None if g is None else g.dtype
+        if entry >= 0 and p.dim() > 1:
+            self._held.append(p)
         watched = state if values or counters else None
-        self._native.watch(p, distributed.is_dtensor(p), dtype, strides, watched, values, counters, entry)
+        self._native.watch(p, distributed.is_dtensor(p), watched, values, counters, entry)
+
+    def _local(self) -> list[Tensor]:
+        """What is held, of DTensors what this process has."""
+        return self._held if self._by_spec.keys() <= {None} else [distributed.local(t) for t in self._held]
 
     def holds(self, optimizer: FusedOptimizer) -> bool:
         """True if the next step is over the same tensors by the same rules; gradients may have moved."""
@@ -116,7 +121,8 @@ class Table:
                 return False
         if not all(_placed(p) for spec, params in self._by_spec.items() if spec for p in params):
             return False
-        return self._native.refresh(optimizer.state, groups)
+        grads = self._native.refresh(optimizer.state, groups)
+        return grads is not None and self._geometry.check(*self._local(), *grads)
 
     def sum_squares(self) -> Tensor:
         """Of all gradients, fp64 []."""
@@ -139,6 +145,30 @@ class Table:
         o = optimizer.options
         self._native.step(rows, o.zero_grad, o.stochastic_rounding, key)
         optim_native.count_changes(self.params, [p.grad for p in self.params] if o.zero_grad else ())
+
+
+class Geometry:
+    """Tells whether tensors still have the dtypes, sizes, strides and bits (negated, conjugated) that they had."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._seen = [self._of(t) for t in tensors]
+
+    @staticmethod
+    def _of(t: Tensor) -> tuple[object, ...]:
+        return t.dtype, t.shape, t.stride(), t.is_neg(), t.is_conj()
+
+    def check(self, *tensors: Tensor) -> bool:
+        """True if they have."""
+        return len(tensors) == len(self._seen) and all(map(operator.eq, map(self._of, tensors), self._seen))
+
+
+def geometry(tensors: list[Tensor]) -> Geometry:
+    """`Geometry`, or what torch's compiler guards its graphs with: the same, 50 ns a tensor."""
+    guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    try:
+        return guards.TensorGuards(*tensors, dynamic_dims_sizes=[], dynamic_dims_strides=[])
+    except (AttributeError, TypeError):  # it is not public: another torch may have another
+        return Geometry(*tensors)
 
 
 def _placed(p: Tensor) -> bool:
