@@ -8,10 +8,10 @@ and further away from 3 to 6 % of the value.
     signed     x = s·sign(c)·(y(|c|) - 1)/247     c ∈ [-127, 127]     (int8)
     unsigned   x = s·(y(c) - 1)/63487             c ∈ [0, 255]        (uint8, of states that are never negative)
 
-To encode, y = 1 + |x|·(247 or 63487)/s is cut to 4 bits of mantissa after 19 random bits were added to those that are cut. This
-rounds up with the probability of what is cut off and so keeps the expectation of x: a decay of one part in a thousand a
-step is not lost. A positive unsigned x never becomes 0, so that no update divides by a root that vanished. A block with
-NaN or Inf gets the scale NaN, one whose largest value is below 2·10⁻³⁴ (unsigned) or 8·10⁻³⁷ the scale 0.
+To encode, y = 1 + |x|·(247 or 63487)/s is cut to 4 bits of mantissa after 19 random bits were added to those that are
+cut. This rounds up with the probability of what is cut off and so keeps the expectation of x: a decay of one part in a
+thousand a step is not lost. A positive unsigned x never becomes 0, so that no update divides by a root that vanished. A
+block with NaN or Inf gets the scale NaN, one whose largest value is below 2·10⁻³⁴ (unsigned) or 8·10⁻³⁷ the scale 0.
 
 Randomness is a hash of (key, stream, index): the same on every backend, thread count and instruction set, and no memory
 is read for it. `mix` is the finalizer "lowbias32" of Chris Wellons' hash prospector; `random_bits` starts from a Weyl
