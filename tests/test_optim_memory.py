@@ -48,7 +48,7 @@ def test_step(name, options, around):
     if name == "Adafactor" and "state_dtype" in around:
         pytest.skip("its states are rows and columns in fp32")
     p = torch.ones(ROWS, COLUMNS, requires_grad=True)
-    q = torch.ones(ROWS, COLUMNS // 8, dtype=torch.bfloat16, requires_grad=True)
+    q = torch.ones(ROWS, COLUMNS, dtype=torch.bfloat16, requires_grad=True)
     masks = {"masks": {p: torch.ones(ROWS, COLUMNS, dtype=torch.bool)}} if around else {}
     optimizer = ours(name)([p, q], **options, **around, **masks)
     for t in (p, q):
