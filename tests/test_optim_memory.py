@@ -45,8 +45,6 @@ EVERYTHING = {"max_grad_norm": 1.0, "ema_decay": 0.9, "zero_grad": True, "l1": 1
 @pytest.mark.parametrize("around", [{}, EVERYTHING, {**EVERYTHING, "state_dtype": "int8"}], ids=case_id)
 @pytest.mark.parametrize(("name", "options"), [*RICH, ("Adafactor", {})], ids=case_id)
 def test_step(name, options, around):
-    if name == "Adafactor" and "state_dtype" in around:
-        pytest.skip("its states are rows and columns in fp32")
     p = torch.ones(ROWS, COLUMNS, requires_grad=True)
     q = torch.ones(ROWS, COLUMNS, dtype=torch.bfloat16, requires_grad=True)
     masks = {"masks": {p: torch.ones(ROWS, COLUMNS, dtype=torch.bool)}} if around else {}

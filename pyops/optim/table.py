@@ -163,7 +163,7 @@ class Geometry:
 
 
 def geometry(tensors: list[Tensor]) -> Geometry:
-    """`Geometry`, or what torch's compiler guards its graphs with: the same, 50 ns a tensor."""
+    """`Geometry`, or what torch's compiler guards its graphs with: the same, and faster."""
     guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
     try:
         return guards.TensorGuards(*tensors, dynamic_dims_sizes=[], dynamic_dims_strides=[])
