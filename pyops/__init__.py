@@ -1,9 +1,23 @@
 """pyops makes existing PyTorch models faster and smaller with custom kernels."""
 
-from pyops import nn, ops, optim
+from pyops import nn, ops, optim, prune
 from pyops._version import __version__
+from pyops.fold import fold_batch_norm_, fold_into
 from pyops.info import info
 from pyops.report import Report
 from pyops.swap import Config, Int8Dynamic, swap_
 
-__all__ = ["Config", "Int8Dynamic", "Report", "__version__", "info", "nn", "ops", "optim", "swap_"]
+__all__ = [
+    "Config",
+    "Int8Dynamic",
+    "Report",
+    "__version__",
+    "fold_batch_norm_",
+    "fold_into",
+    "info",
+    "nn",
+    "ops",
+    "optim",
+    "prune",
+    "swap_",
+]

@@ -11,7 +11,7 @@ from optim_cases import RICH, case_id, make_params, ours, randn, set_grads, trai
 from torch import nn
 from torch.nn.utils import prune
 
-from pyops.optim import masks_of
+from pyops.optim import SGD, masks_of
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 
@@ -140,3 +140,15 @@ def test_masks_are_applied_by_the_first_step():
     optimizer.step()
     assert p.tolist() == [1, 0, 1, 0, 0]
     assert optimizer.state[p]["ema"].tolist() == [1, 0, 1, 0, 0]
+
+
+def test_a_model_pruned_after_the_first_step_is_followed():
+    """masks=module looks again at every step, also where nothing was pruned when the optimizer was made."""
+    layer = nn.Linear(8, 8, bias=False)
+    optimizer = SGD(layer.parameters(), lr=0.1, momentum=0.9, masks=layer)
+    layer(torch.ones(2, 8)).square().sum().backward()
+    optimizer.step()
+    prune.l1_unstructured(layer, "weight", 0.5)
+    layer.weight_orig.grad = torch.ones(8, 8)  # of everything, also where the mask is zero
+    optimizer.step()
+    assert bool((layer.weight_orig[layer.weight_mask == 0] == 0).all())

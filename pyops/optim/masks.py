@@ -67,8 +67,8 @@ class Masks:
         self.refresh()
 
     def __bool__(self) -> bool:
-        """True if some parameter has a mask."""
-        return bool(self._given)
+        """True if some parameter has a mask, or may come to have one: a module can still be pruned."""
+        return self._modules is not None or bool(self._given)
 
     def refresh(self) -> None:
         """Look up what is pruned in the module, which pruning again replaces."""
