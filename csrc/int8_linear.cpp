@@ -5,12 +5,12 @@
 // the epilogue (epilogue.h): 128 bytes a row written and read once there cost about a hundredth of a tile, and one
 // epilogue serves every instruction set. Work is cut into (block, panel) pairs, even over the threads.
 #include <algorithm>
-#include <memory>
 #include <tuple>
 
 #include "epilogue.h"
 #include "int8_dot.h"
 #include "quantize_rows.h"
+#include "scratch.h"
 #include "tensor.h"
 
 namespace pyops {
@@ -179,32 +179,6 @@ const Kernels& select(Isa isa, int64_t M) {
   (void)isa, (void)M;
   return generic;
 }
-
-// -------------------------------------------------------------------------------------------------------- scratch
-
-// Aligned memory that a thread keeps between calls and grows as needed.
-class Scratch {
- public:
-  int8_t* get(size_t bytes) {
-    if (bytes > size_) {
-      data_.reset();
-      size_ = 0;
-      const size_t rounded = (bytes + 4095) / 4096 * 4096;
-      data_.reset(static_cast<int8_t*>(std::aligned_alloc(4096, rounded)));
-      STD_TORCH_CHECK(data_ != nullptr, "int8_linear: no memory for ", rounded, " bytes of scratch");
-      size_ = rounded;
-      advise_huge_pages(data_.get(), size_);
-    }
-    return data_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(int8_t* p) const { std::free(p); }
-  };
-  std::unique_ptr<int8_t[], Free> data_;
-  size_t size_ = 0;
-};
 
 // -------------------------------------------------------------------------------------------------------- launcher
 

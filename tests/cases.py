@@ -148,11 +148,63 @@ def _optim_sum_squares_samples(requires_grad: bool) -> list[tuple]:
     return [([randn(3, 5), randn(7, dtype=torch.bfloat16), torch.empty(0), torch.tensor(2.0)],), ([randn(9).double()],)]
 
 
+def _sparse_conv2d_samples(requires_grad: bool) -> list[tuple]:
+    """Blocks of each kind, in groups, strided and dilated, with and without epilogue, NCHW and channels_last."""
+    samples = []
+    for i, (pattern, groups) in enumerate((("unstructured", 2), ("oc_block4", 2), ("ic_block4", 1), ("block16", 1))):
+        dtype = torch.bfloat16 if i == 1 else torch.float32
+        weight = sparse_weight(10, 6 // groups, 3, 2, pattern=pattern, groups=groups, dtype=dtype)
+        x = randn(2, 6, 7, 8, dtype=dtype)
+        x = x.contiguous(memory_format=torch.channels_last) if i % 2 else x
+        x.requires_grad_(requires_grad)
+        values = weight.values.requires_grad_(requires_grad)
+        head = (x, values, weight.crow_indices, weight.col_indices, list(weight.shape), list(weight.block))
+        window = ([1, 2], [1, 0, 2, 1], [2, 1], groups)
+        y = torch.ops.pyops.sparse_conv2d(*head, None, None, *window).shape
+        bias = randn(10).requires_grad_(requires_grad)
+        residual = randn(*y, dtype=dtype).requires_grad_(requires_grad)
+        samples.append((*head, None, None, *window))
+        samples.append((*head, bias, residual, *window, ACTIVATION_NAMES[i + 1]))
+    return samples
+
+
+def _sparse_conv2d_dx_samples(requires_grad: bool) -> list[tuple]:
+    samples = []
+    for x, values, *structure, _, _, stride, padding, dilation, groups in _sparse_conv2d_samples(requires_grad)[::2]:
+        window = (stride, padding, dilation, groups)
+        y = torch.ops.pyops.sparse_conv2d(x, values, *structure, None, None, *window)
+        grad = randn(*y.shape, dtype=y.dtype).requires_grad_(requires_grad)
+        samples.append((grad, values, *structure, list(x.shape), *window))
+    return samples
+
+
+def _sparse_conv2d_dw_samples(requires_grad: bool) -> list[tuple]:
+    samples = []
+    for grad, _, *structure, x_shape, stride, padding, dilation, groups in _sparse_conv2d_dx_samples(requires_grad):
+        x = randn(*x_shape, dtype=grad.dtype).requires_grad_(requires_grad)
+        samples.append((grad, x, *structure, stride, padding, dilation, groups))
+    return samples
+
+
+def sparse_weight(
+    O: int, Cg: int, R: int = 1, S: int = 1, *, keep: float = 0.4, seed: int = 0, dtype=torch.float32, **options
+) -> ops.SparseWeight:
+    """A weight that keeps about this fraction of its positions, in the pattern given."""
+    w = randn(O, Cg, R, S, seed=seed, dtype=dtype, scale=(keep * Cg * R * S + 1) ** -0.5)
+    mask = randn(O, Cg, R, S, seed=seed + 1).sigmoid() < keep
+    if options.get("pattern") == "2:4":
+        mask &= torch.arange(Cg)[None, :, None, None] % 4 < 2
+    return ops.SparseWeight.from_dense(w, mask, **options)
+
+
 OP_SAMPLES: dict[str, Callable[[bool], list[tuple]]] = {
     "adafactor_step": _adafactor_step_samples,
     "int8_linear": _int8_linear_samples,
     "optim_step": _optim_step_samples,
     "optim_sum_squares": _optim_sum_squares_samples,
+    "sparse_conv2d": _sparse_conv2d_samples,
+    "sparse_conv2d_dw": _sparse_conv2d_dw_samples,
+    "sparse_conv2d_dx": _sparse_conv2d_dx_samples,
 }
 """For each op: positional arguments to call it with. A new op has to appear here."""
 

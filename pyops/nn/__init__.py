@@ -1,5 +1,7 @@
 """Drop-in modules over the ops of pyops."""
 
+from pyops.nn.conv import SparseConv1d, SparseConv2d
 from pyops.nn.linear import Int8Linear
+from pyops.nn.sparse_linear import SparseLinear
 
-__all__ = ["Int8Linear"]
+__all__ = ["Int8Linear", "SparseConv1d", "SparseConv2d", "SparseLinear"]

@@ -27,14 +27,16 @@ def check_entry(key: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype
     return None
 
 
-def own_keys(module: nn.Module, prefix: str) -> list[str]:
-    """The keys of `module` alone, without its children, in a state_dict."""
-    return [prefix + name for name in _names(module)]
+def own_keys(module: nn.Module, prefix: str, also: Iterable[str] = ("weight",)) -> list[str]:
+    """The keys of `module` alone, without its children, in a state_dict; `also` are no parameters or buffers."""
+    return [prefix + name for name in _names(module, also)]
 
 
-def foreign_keys(module: nn.Module, state_dict: Iterable[str], prefix: str) -> list[str]:
+def foreign_keys(
+    module: nn.Module, state_dict: Iterable[str], prefix: str, also: Iterable[str] = ("weight",)
+) -> list[str]:
     """Keys below `prefix` that neither `module` nor one of its children owns."""
-    names = {*_names(module), EXTRA_STATE}
+    names = {*_names(module, also), EXTRA_STATE}
     found = []
     for key in state_dict:
         if key.startswith(prefix):
@@ -44,8 +46,8 @@ def foreign_keys(module: nn.Module, state_dict: Iterable[str], prefix: str) -> l
     return found
 
 
-def _names(module: nn.Module) -> list[str]:
-    names = ["weight"]
+def _names(module: nn.Module, also: Iterable[str]) -> list[str]:
+    names = list(also)
     for key, value in (*module._parameters.items(), *module._buffers.items()):
         if value is not None and key not in module._non_persistent_buffers_set:
             names.append(key)

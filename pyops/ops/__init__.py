@@ -3,13 +3,18 @@
 from pyops.ops.adafactor import adafactor_step
 from pyops.ops.int8_linear import int8_linear, pack_int8, quantize_int8, unpack_int8
 from pyops.ops.optim import optim_step, optim_sum_squares
+from pyops.ops.sparse_conv2d import sparse_conv2d, sparse_linear
+from pyops.ops.sparse_weight import SparseWeight
 
 __all__ = [
+    "SparseWeight",
     "adafactor_step",
     "int8_linear",
     "optim_step",
     "optim_sum_squares",
     "pack_int8",
     "quantize_int8",
+    "sparse_conv2d",
+    "sparse_linear",
     "unpack_int8",
 ]

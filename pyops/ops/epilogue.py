@@ -28,22 +28,24 @@ def epilogue_ref(
     activation: str,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """act(acc + bias + residual) in fp32, rounded once to `out_dtype`; `acc` is already scaled."""
+    """act(acc + bias + residual) in acc's dtype, fp32 or fp64, rounded once to `out_dtype`; `acc` is already scaled."""
     z = acc
     if bias is not None:
-        z = z + bias.float()
+        z = z + bias.to(acc.dtype)
     if residual is not None:
-        z = z + residual.float()
+        z = z + residual.to(acc.dtype)
     return ACTIVATIONS[activation](z).to(out_dtype)
 
 
 def activation_backward(grad: torch.Tensor, z: torch.Tensor, activation: str) -> torch.Tensor:
-    """grad · act'(z), in fp32."""
+    """grad · act'(z), in fp32, in fp64 if z is; differentiable in both where autograd is on."""
+    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     if activation == "none":
-        return grad.float()
+        return grad.to(wide)
+    twice = torch.is_grad_enabled()
     with torch.enable_grad():
-        leaf = z.detach().float().requires_grad_()
-        return torch.autograd.grad(ACTIVATIONS[activation](leaf), leaf, grad.float())[0]
+        at = z.to(wide) if twice and z.requires_grad else z.detach().to(wide).requires_grad_()
+        return torch.autograd.grad(ACTIVATIONS[activation](at), at, grad.to(wide), create_graph=twice)[0]
 
 
 def check_activation(activation: str) -> None:

@@ -26,7 +26,8 @@ from optim_args import CODED, Args, make
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from pyops.kernels import int8_linear, optim, optim_norm, optim_numbers
+from pyops.kernels import int8_linear, optim, optim_norm, optim_numbers, sparse_conv2d
+from pyops.ops import SparseWeight
 from pyops.ops.epilogue import ACTIVATIONS
 from pyops.ops.optim_rules import RULES
 
@@ -228,7 +229,45 @@ def compile_optim() -> list:
     ]  # fmt: skip
 
 
-OPS = (compile_int8_linear, compile_optim)
+def compile_sparse_conv2d() -> list:
+    """Every config, then the largest that suit, with what costs registers: small blocks, narrow edges, fp32."""
+    tuner = sparse_conv2d._sparse_conv2d_kernel
+    tuner.do_bench = run_once
+    tuner.cache_results = False
+
+    def call(block, size=32, C=128, O=128, R=3, stride=1, groups=1, dtype=torch.bfloat16, last=True, act="relu"):
+        form = torch.channels_last if last else torch.contiguous_format
+        weight = SparseWeight.from_dense(
+            torch.ones(O, C // groups, R, R, dtype=dtype), pattern=f"block{block}", groups=groups
+        )
+        fields = weight.values, weight.crow_indices, weight.col_indices, weight.shape, weight.block
+        window = (stride, stride), (R // 2,) * 4, (1, 1), groups
+        x = torch.zeros(1, C, size, size, dtype=dtype).contiguous(memory_format=form)
+        y = torch.zeros(1, O, -(-size // stride), -(-size // stride), dtype=dtype).contiguous(memory_format=form)
+        if act == "dx":
+            sparse_conv2d.sparse_conv2d_dx(y, *fields, x.shape, *window)
+        else:
+            sparse_conv2d.sparse_conv2d(x, *fields, torch.zeros(O), y, *window, act)
+
+    call(64)
+    call(64, size=7)
+
+    tuner.configs = sparse_conv2d.CONFIGS[-1:]
+    call(16)
+    call(32, act="dx", stride=2)
+    call(64, C=256, groups=2, R=1, dtype=torch.float16, act="silu")
+    tuner.configs = sparse_conv2d.CONFIGS[-2:-1]  # half as many accumulators a thread, each stored by itself
+    call(64, last=False, act="gelu")
+    call(64, C=24, O=72, act="gelu")
+    tuner.configs = sparse_conv2d.CONFIGS[2:3]  # what shared memory has room for in fp32
+    call(16, dtype=torch.float32)
+    call(64, dtype=torch.float32, act="dx")
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    call(64, dtype=torch.float32)
+    return [tuner]
+
+
+OPS = (compile_int8_linear, compile_optim, compile_sparse_conv2d)
 """Each compiles what its launchers launch, and returns the kernels to look at."""
 
 
@@ -244,11 +283,14 @@ def main(backend: str, arch: str, report_path: str) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET=1 interprets kernels; unset it to compile them")
     triton.runtime.driver.set_active(CompileOnlyDriver(GPUTarget(backend, int(arch), 32)))
-    configs = [
-        {**config.kwargs, "warps": config.num_warps, "stages": config.num_stages} for config in int8_linear.CONFIGS
-    ]
+    configs = {
+        f"{op.__name__.rsplit('.')[-1]}_configs": [
+            {**config.kwargs, "warps": config.num_warps, "stages": config.num_stages} for config in op.CONFIGS
+        ]
+        for op in (int8_linear, sparse_conv2d)
+    }
     rows = [row for compile_op in OPS for kernel in compile_op() for row in compiled_variants(kernel)]
-    report = {"int8_linear_configs": configs, "rows": rows}
+    report = {**configs, "rows": rows}
     pathlib.Path(report_path).write_text(json.dumps(report, default=_to_json))
 
 

@@ -58,10 +58,11 @@ def test_shared_memory_fits(target):
         assert row["shared_bytes"] <= SHARED_LIMIT[arch], describe(row)
 
 
-def test_every_int8_config_is_compiled(target):
+@pytest.mark.parametrize("op", ["int8_linear", "sparse_conv2d"])
+def test_every_config_is_compiled(target, op):
     _, report = target
-    rows = of_kernel(report, "_int8_linear_kernel")
-    for config in report["int8_linear_configs"]:
+    rows = of_kernel(report, f"_{op}_kernel")
+    for config in report[f"{op}_configs"]:
         settings = [{name: {**row["constants"], **row}[name] for name in config} for row in rows]
         assert config in settings, config
 
@@ -108,6 +109,49 @@ def test_reduction_moves_16_bytes_at_a_time(target):
     _, report = target
     for row in of_kernel(report, "_reduce_kernel"):
         assert_wide(row)
+
+
+# ------------------------------------------------------------------------------------------------------ sparse_conv2d
+
+
+def test_sparse_conv2d_runs_on_tensor_cores(target):
+    """wgmma and Blackwell's tcgen05 want 64 rows; smaller tiles, and Ampere, use mma.sync. Exact fp32 needs FMAs."""
+    arch, report = target
+    for row in of_kernel(report, "_sparse_conv2d_kernel"):
+        exact = row["types"]["x_ptr"] == "*fp32" and row["constants"]["PRECISION"] == "ieee"
+        large = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[arch]
+        expected = "FFMA" if exact else large if row["constants"]["BLOCK_M"] >= 64 else "HMMA"
+        assert has(row, expected), (row["opcodes"], describe(row))
+
+
+def test_sparse_conv2d_gathers_16_bytes_at_a_time(target):
+    """Asynchronously, and as many steps ahead as there are stages: the list that they depend on is read before."""
+    _, report = target
+    for row in of_kernel(report, "_sparse_conv2d_kernel"):
+        c = row["constants"]
+        element_bytes = 4 if row["types"]["x_ptr"] == "*fp32" else 2
+        assert c["UNIT"] == 16 // element_bytes, describe(row)
+        copies = {opcode: n for opcode, n in row["opcodes"].items() if opcode.startswith("LDGSTS")}
+        narrow = sum(n for opcode, n in copies.items() if "128" not in opcode)
+        weights = c["BLOCK_K"] * c["NB"] * element_bytes // (32 * row["warps"])  # bytes a thread of each stage
+        assert narrow == 0 or weights < 16, (copies, describe(row))
+        assert sum(copies.values()) > narrow, describe(row)
+        stage_bytes = (c["BLOCK_M"] + c["NB"]) * c["BLOCK_K"] * element_bytes
+        assert row["shared_bytes"] >= (row["stages"] - 1) * stage_bytes, describe(row)
+
+
+def test_sparse_conv2d_stores_16_bytes_at_a_time(target):
+    """Where channels are neighbours in y and start on 16 elements."""
+    _, report = target
+    wide = 0
+    for row in of_kernel(report, "_sparse_conv2d_kernel"):
+        c = row["constants"]
+        aligned = ["tt.divisibility", 16] in row["attributes"].get("N_CHANNELS", [])
+        out_bytes = {"*bf16": 2, "*fp16": 2, "*fp32": 4}[row["types"]["y_ptr"]]
+        if c["CHANNELS_LAST"] and aligned and c["BLOCK_M"] * c["NB"] * out_bytes // (32 * row["warps"]) >= 16:
+            assert has(row, "STG.E.128"), (row["opcodes"], describe(row))
+            wide += 1
+    assert wide
 
 
 # -------------------------------------------------------------------------------------------------------------- optim

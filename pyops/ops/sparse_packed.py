@@ -1,0 +1,88 @@
+"""The packed form of a sparse weight, kept from one call to the next.
+
+The CPU kernels read a weight in a form of their own (`pyops::sparse_conv2d_pack`). Making it costs as much as a small
+convolution, so whoever owns a weight keeps the last one that was made, as long as nothing that it depends on changes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pyops import backend
+
+PACKED_DTYPES = (torch.float32, torch.bfloat16)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+class PackedCache:
+    """The last packed blob of one weight. A copy and a pickle of it are empty."""
+
+    __slots__ = ("_held",)
+
+    def __init__(self) -> None:
+        # (key, blob, tensors): they are held so that no other tensor can come to lie at their address.
+        self._held: tuple[tuple, torch.Tensor, tuple[torch.Tensor, ...]] | None = None
+
+    def clear(self) -> None:
+        """Forget the blob."""
+        self._held = None
+
+    def get(self, x, values, crow, col, shape, block, stride, padding, dilation, groups) -> torch.Tensor | None:
+        """The blob for these arguments of `sparse_conv2d`, or None where its kernel has none or has to pack itself.
+
+        Of a weight that autograd follows only the structure is kept: the values change at every step, and some
+        optimizers write to `.data`, which leaves no trace.
+        """
+        if torch.compiler.is_compiling() or not packs(x, values):
+            return None
+        if values.is_inference() or crow.is_inference() or col.is_inference():
+            self._held = None
+            return None
+        trained = values.requires_grad and torch.is_grad_enabled()
+        watched = (crow, col) if trained else (crow, col, values)
+        channels_last = is_channels_last(x)
+        versions = [v for t in watched for v in (t.data_ptr(), t._version)]
+        key = (*versions, *stride, *padding, *dilation, groups, *x.shape, channels_last)
+        if self._held is not None and self._held[0] == key:
+            return self._held[1]
+        blob = torch.ops.pyops.sparse_conv2d_pack(
+            values.detach(),
+            crow,
+            col,
+            shape,
+            block,
+            stride,
+            padding,
+            dilation,
+            groups,
+            x.shape,
+            channels_last,
+            not trained,
+        )
+        self._held = (key, blob, tuple(t.detach() for t in watched))
+        return blob
+
+    def __deepcopy__(self, memo: dict) -> PackedCache:
+        return PackedCache()
+
+    def __reduce__(self) -> tuple:
+        return PackedCache, ()
+
+
+def packs(x: torch.Tensor, values: torch.Tensor) -> bool:
+    """True if the kernel that x goes to reads a packed form."""
+    return (
+        backend.native is not None
+        and x.device.type == "cpu"
+        and x.dtype in PACKED_DTYPES
+        and values.dtype in PACKED_DTYPES
+        and type(x) in PLAIN
+        and type(values) in PLAIN
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None  # a trace would hold on to the blob
+    )
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    """True if x [N, C, H, W] is channels_last and not NCHW too; the result of `sparse_conv2d` has the same format."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
