@@ -5,12 +5,14 @@ from pyops._version import __version__
 from pyops.fold import fold_batch_norm_, fold_into
 from pyops.info import info
 from pyops.report import Report
+from pyops.sparse import Sparse
 from pyops.swap import Config, Int8Dynamic, swap_
 
 __all__ = [
     "Config",
     "Int8Dynamic",
     "Report",
+    "Sparse",
     "__version__",
     "fold_batch_norm_",
     "fold_into",

@@ -10,12 +10,11 @@ pruning.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,8 +29,8 @@ from torch.utils.weak import TensorWeakRef
 
 from pyops.measure import call, check_inputs, evaluating
 from pyops.nn.effective import baked_hooks, effective, origin
+from pyops.trace import LAYERS, owners, trace
 
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
@@ -295,20 +294,10 @@ def _said(what: nn.Module | str, names: dict[nn.Module, str]) -> str:
     return what if isinstance(what, str) else f"{names[what]} ({type(what).__name__})"
 
 
-class _Tracer(fx.Tracer):
-    proxy_buffer_attributes = True  # otherwise code that reads a running_mean leaves no node
-
-    def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-        return isinstance(m, (*LAYERS, _BatchNorm)) or super().is_leaf_module(m, qualified_name)
-
-
 def _traced(model: nn.Module) -> Flow:
-    if "forward" in model.__dict__:
-        raise TypeError("its forward is patched, and fx traces that of the class")
-    with _attributes_kept(model), torch.random.fork_rng(devices=[]):
-        graph = _Tracer().trace(model)
+    graph = trace(model)
     modules = dict(model.named_modules(remove_duplicate=False))
-    owners = _owners(model)
+    owned = owners(model)
     flow = Flow()
 
     def described(node: fx.Node) -> nn.Module | str:
@@ -326,7 +315,7 @@ def _traced(model: nn.Module) -> Flow:
                 flow.sources[module] += [described(source) for source in node.all_input_nodes]
         elif node.op == "get_attr" and users:
             parent, _, name = node.target.rpartition(".")
-            owner = owners.get(id(getattr(modules.get(parent), name, None)))
+            owner = owned.get(id(getattr(modules.get(parent), name, None)))
             if owner is not None:
                 flow.reads[owner].append(f"code that reads {node.target}")
     return flow
@@ -336,28 +325,6 @@ def _only_looks(node: fx.Node) -> bool:
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] in FORM
     return node.op == "call_method" and node.target in LOOKS
-
-
-def _owners(model: nn.Module) -> dict[int, nn.Module]:
-    """The layer or normalization of each of their tensors, by its identity."""
-    owners = {}
-    for module in model.modules():
-        if isinstance(module, (*LAYERS, _BatchNorm)):
-            held = [*module._parameters.values(), *module._buffers.values(), module.__dict__.get("weight")]
-            owners.update((id(t), module) for t in held if t is not None)
-    return owners
-
-
-@contextlib.contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Attributes that the model's forward sets would hold fx's proxies after the trace."""
-    before = [(module, dict(module.__dict__)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, attributes in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
 
 
 def _neighbours(model: nn.Module) -> Flow:
@@ -383,7 +350,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.flow = Flow()
-        self.owners = _owners(model)
+        self.owners = owners(model)
         self.made: dict[int, tuple[TensorWeakRef, nn.Module]] = {}  # by id, which is only good while the tensor lives
         self.inside: list[nn.Module] = []
         """Layers and normalizations that run at this moment, the innermost last."""

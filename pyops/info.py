@@ -85,7 +85,7 @@ def info() -> Info:
         version=__version__,
         torch=torch.__version__,
         python=platform.python_version(),
-        cpu=_cpu_model(),
+        cpu=cpu_model(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         threads=torch.get_num_threads(),
         isa=native.cpu_isa() if native else None,
@@ -142,7 +142,8 @@ def _kernel(name: str, device: str) -> str:
     return "triton" if backend.triton_missing() is None else f"triton, not usable: {backend.triton_missing()}"
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """Name of this machine's processor."""
     try:
         found = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:

@@ -1,4 +1,4 @@
-"""A layer against its replacement, on the inputs that the layer really sees: time, and error of the output."""
+"""A layer against its replacements, on the inputs that the layer really sees: time, and error of the output."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 TURN_S, BUDGET_S = 0.004, 0.12
-"""Length of one turn, and what the turns of both sides may take together."""
+"""Length of one turn, and what the turns of one pair may take together."""
 MIN_TURNS, MAX_TURNS = 3, 15
+HOPELESS = 4.0
+"""How many times slower than the fastest a function must be at its first calls to get no turns of its own."""
 
 
 @dataclasses.dataclass
@@ -84,10 +86,22 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
 
 def compare(before: Callable, after: Callable, captured: Captured) -> tuple[float, float, float]:
     """(ms of before, ms of after, SQNR in dB of after's output), the two taking turns."""
-    device = captured.x.device.type
-    enabled = captured.autocast is not None
-    with torch.autocast(device, dtype=captured.autocast, enabled=enabled) if enabled else contextlib.nullcontext():
-        return *_time(before, after, captured.x), sqnr_db(before(captured.x), after(captured.x))
+    ms = times({"before": before, "after": after}, captured)
+    with autocasting(captured):
+        return ms["before"], ms["after"], sqnr_db(before(captured.x), after(captured.x))
+
+
+def times(functions: Mapping[str, Callable], captured: Captured) -> dict[str, float]:
+    """Median ms of one call of each function on the captured input, all of them taking turns."""
+    with autocasting(captured):
+        return _time(functions, captured.x)
+
+
+def autocasting(captured: Captured) -> contextlib.AbstractContextManager:
+    """The autocast that the layer was called under."""
+    if captured.autocast is None:
+        return contextlib.nullcontext()
+    return torch.autocast(captured.x.device.type, dtype=captured.autocast)
 
 
 def sqnr_db(y: torch.Tensor, approximate: torch.Tensor) -> float:
@@ -101,18 +115,22 @@ def sqnr_db(y: torch.Tensor, approximate: torch.Tensor) -> float:
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
-def _time(before: Callable, after: Callable, x: torch.Tensor) -> tuple[float, float]:
-    for function in (before, after):
+def _time(functions: Mapping[str, Callable], x: torch.Tensor) -> dict[str, float]:
+    for function in functions.values():
         function(x)  # warm: allocations, lazy initialization, compilation
-    once = [_seconds(function, x, 1) for function in (before, after)]
-    repeats = [max(1, int(TURN_S / max(seconds, 1e-7))) for seconds in once]
-    round_s = sum(seconds * n for seconds, n in zip(once, repeats, strict=True))
-    turns = min(MAX_TURNS, max(MIN_TURNS, int(BUDGET_S / max(round_s, 1e-7))))
-    samples: tuple[list[float], list[float]] = ([], [])
+    # The better of two: a single call can be late for any reason.
+    once = {name: min(_seconds(f, x, 1), _seconds(f, x, 1)) for name, f in functions.items()}
+    first, fastest = next(iter(functions)), min(once.values())
+    sides = [name for name in functions if name == first or once[name] <= HOPELESS * fastest]
+    repeats = {name: max(1, int(TURN_S / max(once[name], 1e-7))) for name in sides}
+    round_s = sum(once[name] * repeats[name] for name in sides)
+    budget_s = BUDGET_S * max(len(sides), 2) / 2
+    turns = min(MAX_TURNS, max(MIN_TURNS, int(budget_s / max(round_s, 1e-7))))
+    samples: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(turns):
-        for side in (0, 1) if turn % 2 == 0 else (1, 0):  # so that a drift of the clock favours neither
-            samples[side].append(_seconds((before, after)[side], x, repeats[side]))
-    return statistics.median(samples[0]) * 1e3, statistics.median(samples[1]) * 1e3
+        for name in sides if turn % 2 == 0 else sides[::-1]:  # so that a drift of the clock favours none
+            samples[name].append(_seconds(functions[name], x, repeats[name]))
+    return {name: statistics.median(samples.get(name, [once[name]])) * 1e3 for name in functions}
 
 
 def _seconds(function: Callable, x: torch.Tensor, repeats: int) -> float:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 UNCHANGED = "unchanged"
+PRUNING = {"sparsity": "sparsity", "pays_from": "pays from", "structure": "structure"}
+"""Fields of a row that are printed where a row has them, and the head of their column."""
 
 
 @dataclasses.dataclass
@@ -18,7 +21,7 @@ class Row:
     kind: str
     """Class of the layer before."""
     choice: str
-    """What it is now, such as int8_dynamic; "unchanged" if it was left alone."""
+    """What it is now, such as int8_dynamic; "unchanged" if it was left alone, "fewer_channels" if it only lost some."""
     reason: str
     shape: tuple[int, ...] = ()
     """Of the weight: (out_features, in_features)."""
@@ -32,11 +35,21 @@ class Row:
     ms_after: float | None = None
     sqnr_db: float | None = None
     """10·log10(‖y‖² / ‖y − ŷ‖²) of this layer's output; inf if exact."""
+    structure: str | None = None
+    """What its zeros look like, in words; this and the next two of pruned layers only."""
+    sparsity: float | None = None
+    """The fraction of the weight that is pruned."""
+    pays_from: float | None = None
+    """The sparsity from which on this layer would be faster sparse, an estimate; None if unknown."""
 
     @property
     def swapped(self) -> bool:
         """True if the layer was replaced."""
         return self.choice != UNCHANGED
+
+    def add(self, reason: str) -> None:
+        """Say more in the reason."""
+        self.reason = f"{self.reason}; {reason}" if self.reason else reason
 
 
 @dataclasses.dataclass
@@ -46,8 +59,10 @@ class Report:
     rows: list[Row]
 
     def to_dict(self) -> dict[str, Any]:
-        """Rows and totals in plain types; an exact layer has sqnr_db inf."""
-        return {"rows": [dataclasses.asdict(row) for row in self.rows], "totals": self.totals()}
+        """Rows and totals in plain types; an exact layer has sqnr_db inf. Fields that no row has are left out."""
+        lacking = {name for name in PRUNING if all(getattr(row, name) is None for row in self.rows)}
+        rows = [{k: v for k, v in dataclasses.asdict(row).items() if k not in lacking} for row in self.rows]
+        return {"rows": rows, "totals": self.totals()}
 
     def totals(self) -> dict[str, Any]:
         """Counts, bytes and, over the swapped layers that were measured, summed times and the worst SQNR."""
@@ -70,10 +85,14 @@ class Report:
             return "No layer that this config is for."
         measured = any(row.ms_after is not None for row in self.rows)
         figures = ["ms before", "ms after", "x", "SQNR dB"] if measured else []
-        head = ["layer", "kind", "weight", "choice", *figures, "reason"]
-        table = [head, *([*self._cells(row, measured), row.reason] for row in self.rows)]
+        pruning = {name: head for name, head in PRUNING.items() if any(getattr(r, name) is not None for r in self.rows)}
+        head = ["layer", "kind", "weight", "choice", *figures, *pruning.values(), "reason"]
+        table = [
+            head,
+            *([*self._cells(row, measured), *self._pruning_cells(row, pruning), row.reason] for row in self.rows),
+        ]
         widths = [max(len(line[i]) for line in table) for i in range(len(head))]
-        right = range(4, len(head) - 1)
+        right = range(4, len(head) - (2 if "structure" in pruning else 1))
         lines = [
             "  ".join(cell.rjust(widths[i]) if i in right else cell.ljust(widths[i]) for i, cell in enumerate(line))
             for line in table
@@ -90,6 +109,10 @@ class Report:
         elif measured:
             cells += ["-"] * 4
         return cells
+
+    def _pruning_cells(self, row: Row, columns: Iterable[str]) -> list[str]:
+        values = [getattr(row, name) for name in columns]
+        return ["-" if v is None else v if isinstance(v, str) else f"{v:.1%}" for v in values]
 
     def _totals_line(self) -> str:
         t = self.totals()

@@ -7,39 +7,21 @@ into their places, which cannot fail.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from pyops.measure import capture, check_inputs, compare, evaluating
+from pyops.config import Config, FilterFn, Layer
+from pyops.measure import capture, check_inputs, evaluating
 from pyops.nn.effective import baked_hooks, effective, origin
 from pyops.nn.linear import Int8Linear
 from pyops.ops.int8_linear import FLOAT_DTYPES, MAX_K
+from pyops.refusal import is_baked, is_lazy, layer_refusal
 from pyops.report import UNCHANGED, Report, Row
-
-
-class Config:
-    """Which layers a swap is for and what it makes of them; subclasses are small frozen dataclasses."""
-
-    choice: str
-    """The name of this choice in a report."""
-
-    def matches(self, module: nn.Module) -> bool:
-        """True if `module` is of the kind that this config is for: it gets a row, converted or not."""
-        raise NotImplementedError
-
-    def refusal(self, module: nn.Module) -> str | None:
-        """Why a module that matches must stay as it is; None if it can be converted."""
-        raise NotImplementedError
-
-    def convert(self, module: nn.Module) -> nn.Module:
-        """The replacement. Must not change `module`; may raise."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,47 +36,27 @@ class Int8Dynamic(Config):
 
     def refusal(self, module: nn.Module) -> str | None:
         """Why `Int8Linear` cannot stand in its place."""
-        return linear_refusal(module)
+        reason = layer_refusal(module, nn.Linear, FLOAT_DTYPES)
+        if reason is None and effective(module, "weight").shape[1] > MAX_K:
+            return f"in_features above {MAX_K} could overflow the int32 sum"
+        return reason
+
+    def by_hand(self, module: nn.Module) -> str:
+        """`Int8Linear.from_float`."""
+        return "pyops.nn.Int8Linear.from_float(model)"
 
     def convert(self, module: nn.Module) -> nn.Module:
         """`Int8Linear.from_float`."""
         return Int8Linear.from_float(module)
 
 
-def linear_refusal(linear: nn.Linear) -> str | None:
-    """Why a layer that is an `nn.Linear` by type cannot be replaced by one of ours; None if it can."""
-    if isinstance(linear, LazyModuleMixin) and linear.has_uninitialized_params():
-        return "not initialized yet: run the model once"
-    if isinstance(linear, NonDynamicallyQuantizableLinear):
-        return "its parent (nn.MultiheadAttention) reads the weight instead of calling the layer"
-    if "forward" in linear.__dict__ or type(linear).forward is not nn.Linear.forward:
-        return f"{type(linear).__name__} has a forward of its own"
-    if type(linear).__call__ is not nn.Linear.__call__:
-        return f"{type(linear).__name__} has a __call__ of its own"
-    own = {key for key, value in linear._parameters.items() if value is not None} - {"weight", "bias"}
-    own = {key for key in own if not _baked(linear, key)} | {
-        key for key in linear._modules if key != "parametrizations"
-    }
-    if own:
-        return f"holds more than a weight and a bias: {', '.join(sorted(own))}"
-    weight, bias = effective(linear, "weight"), effective(linear, "bias")
-    if weight is None:
-        return "has no weight"
-    if type(weight) not in (torch.Tensor, nn.Parameter, torch._subclasses.FakeTensor):
-        return f"its weight is a {type(weight).__name__}"
-    if weight.dtype not in FLOAT_DTYPES or (bias is not None and bias.dtype not in FLOAT_DTYPES):
-        return f"{weight.dtype if bias is None else bias.dtype} is not supported"
-    if weight.shape[1] > MAX_K:
-        return f"in_features above {MAX_K} could overflow the int32 sum"
-    return None
-
-
 def swap_(
     model: nn.Module,
     config: Config,
-    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    filter_fn: FilterFn | None = None,
     *,
     example_inputs: Any = None,
+    progress: bool | None = None,
 ) -> Report:
     """Replace in place the layers that `config` is for; returns a report with a row for each of them.
 
@@ -106,6 +68,7 @@ def swap_(
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments for `model`. With them the model
             runs once, in eval mode and without gradients, and each layer is measured against its replacement on its
             real input. Without them times and SQNR are None.
+        progress: show a bar on stderr; by default where layers are measured and stderr is a terminal. Needs tqdm.
 
     A layer found under several names is replaced once, at all of them, if the filter takes them all. Device, training
     flag, forward and backward hooks and the bias (the same Parameter) are kept; pruning and parametrizations are baked
@@ -115,42 +78,85 @@ def swap_(
 
     Raises:
         TypeError for arguments of a wrong type, ValueError if the model itself is the layer to replace (its caller
-        holds it, so it cannot be replaced in place) or if a weight holds NaN or Inf. After any exception, also one of
-        the model's own forward, the model is exactly as it was.
+        holds it, so it cannot be replaced in place), if a weight holds NaN or Inf, or if the config lacks example
+        inputs. After any exception, also one of the model's own forward or Ctrl-C, the model is exactly as it was.
     """
     _check(model, config, filter_fn)
     check_inputs(example_inputs)
+    config.check(example_inputs)
     names: dict[nn.Module, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         if config.matches(module):
             names[module].append(name)
     training = {module: module.training for module in names}
-    rows: dict[nn.Module, Row] = {}
+    rows = {module: _row(module, found) for module, found in names.items()}
     replacements: dict[nn.Module, nn.Module] = {}
-    with evaluating(model):
-        for module, found in names.items():
-            rows[module] = row = _row(module, found)
-            refusal = config.refusal(module) or _filtered(module, found, filter_fn)
-            if refusal:
-                row.reason = refusal
-                continue
-            try:
-                replacements[module] = config.convert(module)
-            except (TypeError, ValueError) as error:
-                kind = TypeError if isinstance(error, TypeError) else ValueError
-                raise kind(f"layer {found[0]!r}: {error}") from error
-        if example_inputs is not None:
-            _measure(model, rows, replacements, example_inputs)
-    ties = _ties(model)
-    for module, new in replacements.items():
-        new.train(training[module])
-        dropped = _hand_over(module, new)
-        row = rows[module]
-        row.choice = config.choice
-        row.bytes_after = _nbytes([*new.parameters(), *new.buffers()])
-        row.reason = "; ".join([*_facts(row, module, names[module], ties), *dropped])
-    _commit(model, replacements, rows)
+    with config.prepared(model, filter_fn, example_inputs) as changed:
+        for module, what in changed.items():
+            row, tensors = rows[module], _tensors(module)
+            row.bytes_after, row.reason = _nbytes(tensors), what
+            if tuple(tensors[0].shape) != row.shape:
+                row.choice = "fewer_channels"
+        with evaluating(model):
+            replacements = _replaced(model, config, filter_fn, example_inputs, names, rows, progress)
+        ties = _ties(model)
+        for module, new in replacements.items():
+            new.train(training[module])
+            dropped = _hand_over(module, new)
+            row = rows[module]
+            row.bytes_after = _nbytes([*new.parameters(), *new.buffers()])
+            row.reason = "; ".join([*_facts(row, module, names[module], ties), *dropped])
+        _commit(model, replacements, rows)
     return Report(list(rows.values()))
+
+
+def _replaced(
+    model: nn.Module,
+    config: Config,
+    filter_fn: FilterFn | None,
+    example_inputs: Any,
+    names: dict[nn.Module, list[str]],
+    rows: dict[nn.Module, Row],
+    progress: bool | None,
+) -> dict[nn.Module, nn.Module]:
+    """The replacement of each layer that gets one, made and measured beside the model."""
+    taken = []
+    for module, found in names.items():
+        refusal = config.refusal(module) or _filtered(module, found, filter_fn)
+        if refusal:
+            rows[module].add(refusal)
+        else:
+            taken.append(module)
+    measured = example_inputs is not None
+    inputs = capture(model, taken, example_inputs) if measured else {}
+    replacements = {}
+    for module in _with_progress(taken, measured if progress is None else progress, force=progress is True):
+        row, name = rows[module], names[module][0]
+        captured = inputs.pop(module, None)  # not held longer than needed: a model's activations are large
+        if captured is not None:
+            row.input_shape = tuple(captured.x.shape)
+        if captured is not None and captured.x.is_meta:
+            row.input_shape = captured = None
+        elif captured is None and measured:
+            row.add("not called with these example_inputs")
+        try:
+            new = config.replace(Layer(module, name, row, captured))
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"layer {name!r}: {error}") from error
+        if new is not None:
+            replacements[module] = new
+    return replacements
+
+
+def _with_progress(layers: list[nn.Module], show: bool, force: bool) -> Iterable[nn.Module]:
+    if not show or not (force or sys.stderr.isatty()):
+        return layers
+    try:
+        from tqdm import tqdm
+    except ImportError:  # a GPU machine on which nothing may be installed
+        return layers
+    return tqdm(layers, desc="pyops.swap_", unit="layer", leave=False)
 
 
 def _check(model: nn.Module, config: Config, filter_fn: Any) -> None:
@@ -165,27 +171,25 @@ def _check(model: nn.Module, config: Config, filter_fn: Any) -> None:
     if config.matches(model):
         raise ValueError(
             f"model is itself a {type(model).__name__}, which cannot be replaced in place: convert it with "
-            "pyops.nn.Int8Linear.from_float(model), or wrap it in torch.nn.Sequential(model)"
+            f"{config.by_hand(model)}, or wrap it in torch.nn.Sequential(model)"
         )
 
 
 def _row(module: nn.Module, found: list[str]) -> Row:
     cls = type(module)
     kind = cls.__bases__[0] if nn.utils.parametrize.is_parametrized(module) else cls
-    lazy = isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
-    weight, bias = (None, None) if lazy else (effective(module, "weight"), effective(module, "bias"))
+    weight, bias = _tensors(module)
     shape = () if weight is None else tuple(weight.shape)
     size = _nbytes([weight, bias])
     return Row(found[0], kind.__name__, UNCHANGED, "", shape, size, size)
 
 
-def _nbytes(tensors: list[torch.Tensor | None]) -> int:
+def _tensors(module: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return (None, None) if is_lazy(module) else (effective(module, "weight"), effective(module, "bias"))
+
+
+def _nbytes(tensors: Iterable[torch.Tensor | None]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
-def _baked(module: nn.Module, key: str) -> bool:
-    """True if this parameter or buffer only serves to make the weight or bias: weight_orig, weight_mask, weight_g …"""
-    return any(key.startswith(name + "_") and baked_hooks(module, name) for name in ("weight", "bias"))
 
 
 def _filtered(module: nn.Module, found: list[str], filter_fn: Callable | None) -> str | None:
@@ -193,20 +197,6 @@ def _filtered(module: nn.Module, found: list[str], filter_fn: Callable | None) -
     if not refused:
         return None
     return "filter_fn" if len(found) == 1 else f"filter_fn refuses it as {', '.join(refused)}; it is also {found}"
-
-
-def _measure(
-    model: nn.Module, rows: dict[nn.Module, Row], replacements: dict[nn.Module, nn.Module], example_inputs: Any
-) -> None:
-    inputs = capture(model, replacements, example_inputs)
-    for module, new in replacements.items():
-        if module in inputs and not inputs[module].x.is_meta:
-            row = rows[module]
-            row.input_shape = tuple(inputs[module].x.shape)
-            # forward, not __call__: hooks belong to the model and shall not see these calls.
-            row.ms_before, row.ms_after, row.sqnr_db = compare(module.forward, new.forward, inputs[module])
-        elif module not in inputs:
-            rows[module].reason = "not called with these example_inputs"
 
 
 def _ties(model: nn.Module) -> dict[int, list[str]]:
@@ -234,7 +224,7 @@ def _facts(row: Row, module: nn.Module, found: list[str], ties: dict[int, list[s
     others = [name for name in ties.get(id(module._parameters.get("weight")), []) if name not in own]
     if others:
         facts.append(f"its weight was tied to {', '.join(others)}: the tie is cut, and that one stays")
-    dropped = [key for key in module._buffers if not _baked(module, key)]
+    dropped = [key for key in module._buffers if not is_baked(module, key)]
     if dropped:
         facts.append(f"buffers dropped: {', '.join(dropped)}")
     return facts

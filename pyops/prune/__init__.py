@@ -8,6 +8,7 @@ Sparsity is always the total afterwards, not a share of what is left, and what i
 with the same method replaces it where torch would make a longer `PruningContainer` each time.
 """
 
+from pyops.prune.dead_channels import Removed, remove_dead_channels_
 from pyops.prune.functions import bake_, channels, ic_block, magnitude, n_m, oc_block
 from pyops.prune.layers import Pruned
 from pyops.prune.methods import NM, Channels, IcBlock, Magnitude, OcBlock
@@ -21,10 +22,12 @@ __all__ = [
     "Magnitude",
     "OcBlock",
     "Pruned",
+    "Removed",
     "bake_",
     "channels",
     "ic_block",
     "magnitude",
     "n_m",
     "oc_block",
+    "remove_dead_channels_",
 ]

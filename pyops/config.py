@@ -1,0 +1,75 @@
+"""What `pyops.swap_` asks of a config: which layers it is for, and what takes the place of each."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from pyops.measure import Captured, compare
+from pyops.report import Row
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+
+@dataclasses.dataclass
+class Layer:
+    """A layer of the model that could be replaced."""
+
+    module: nn.Module
+    name: str
+    row: Row
+    """Its row of the report, to be filled with what is found out."""
+    captured: Captured | None
+    """The input of its first call; None without example inputs, if it was not called, or on the meta device."""
+
+
+class Config:
+    """Which layers a swap is for and what it makes of them; subclasses are small frozen dataclasses."""
+
+    choice: str
+    """The name of this choice in a report."""
+
+    def matches(self, module: nn.Module) -> bool:
+        """True if `module` is of the kind that this config is for: it gets a row, converted or not."""
+        raise NotImplementedError
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """Why a module that matches must stay as it is; None if it can be converted."""
+        raise NotImplementedError
+
+    def by_hand(self, module: nn.Module) -> str:
+        """The expression that converts a single module that matches, called `model`."""
+        raise NotImplementedError
+
+    def convert(self, module: nn.Module) -> nn.Module:
+        """The replacement. Must not change `module`; may raise."""
+        raise NotImplementedError
+
+    def check(self, example_inputs: Any) -> None:
+        """Raise ValueError if this config cannot do without example inputs, or not with these."""
+
+    def prepared(
+        self, model: nn.Module, filter_fn: FilterFn | None, example_inputs: Any
+    ) -> contextlib.AbstractContextManager[Mapping[nn.Module, str]]:
+        """Change the model before its layers are looked at one by one; {layer: what was changed, or why it was not}.
+
+        The changes last when the context ends, and are undone if it ends with an exception.
+        """
+        return contextlib.nullcontext({})
+
+    def replace(self, layer: Layer) -> nn.Module | None:
+        """Choose what takes the place of one layer, measured where there is an input; None if it stays.
+
+        Must not change `layer.module`. Fills `layer.row`, above all its choice, or the reason why the layer stays.
+        """
+        new = self.convert(layer.module)
+        row = layer.row
+        if layer.captured is not None:
+            # forward, not __call__: hooks belong to the model and shall not see these calls.
+            row.ms_before, row.ms_after, row.sqnr_db = compare(layer.module.forward, new.forward, layer.captured)
+        row.choice = self.choice
+        return new

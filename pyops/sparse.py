@@ -1,0 +1,243 @@
+"""`pyops.swap_(model, pyops.Sparse(), example_inputs=x)`: pruned layers made sparse where that is faster.
+
+The mask of each layer decides which formats are tried, its own input which is the fastest. A layer for which none is
+faster than what it is stays untouched, and its row says from which sparsity on one would be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyops.choose import DENSE, faster, measured, right
+from pyops.config import Config, FilterFn, Layer
+from pyops.measure import Captured
+from pyops.memory import has_values
+from pyops.nn.conv import SparseConv1d, SparseConv2d
+from pyops.nn.effective import effective
+from pyops.nn.sparse_linear import SparseLinear
+from pyops.ops.sparse_checks import FLOAT_DTYPES
+from pyops.ops.sparse_weight import PATTERNS, is_2_4
+from pyops.prune.dead_channels import removing
+from pyops.refusal import layer_refusal
+from pyops.sparse_dense import OTHER_FORMATS, dense_forward, key_of, other_format
+from pyops.sparse_estimate import BLOCKED, THINNED, best_pattern, pays_from, probes
+from pyops.structure import Structure, as_4d, kept_weights, stored_values, structure_of
+from pyops.tune import Cache
+
+SPARSE = {nn.Conv2d: SparseConv2d, nn.Conv1d: SparseConv1d, nn.Linear: SparseLinear}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparse(Config):
+    """Pruned `nn.Conv2d`, `nn.Conv1d` and `nn.Linear` to `pyops.nn.SparseConv2d`, `SparseConv1d` and `SparseLinear`.
+
+    The mask is the one that the layer holds (`torch.nn.utils.prune`, `torch.ao.pruning`, apex ASP …), else its zeros.
+    Each format that fits the mask is measured against the dense layer on the layer's own input, in the memory format in
+    which the model gives it. The fastest is taken if it is faster by `min_gain`, twice; else the layer stays as it is.
+    What the dense layer would take in the other memory format is measured and told as well.
+
+    Args:
+        pattern: "auto", or the one format of `pyops.ops.sparse_weight.PATTERNS` to try.
+        max_waste: the share of stored values that may be fill-in or padding when "auto" tries a block format.
+        min_gain: the share of the dense layer's time that must be gained.
+        measure: False converts every pruned layer to `pattern` without asking if it is faster.
+        remove_channels: first remove dead channels across layers by `pyops.prune.remove_dead_channels_`. Not measured.
+        cache: file of measured times (see `pyops.tune`); None for the default one, False for none.
+
+    Raises TypeError or ValueError for other values, and in `swap_` ValueError without example inputs, unless
+    measure=False.
+    """
+
+    pattern: str = "auto"
+    max_waste: float = 0.25
+    min_gain: float = 0.03
+    measure: bool = True
+    remove_channels: bool = False
+    cache: str | os.PathLike | bool | None = None
+
+    choice = "sparse"
+
+    def __post_init__(self) -> None:
+        if self.pattern != "auto" and self.pattern not in PATTERNS:
+            raise ValueError(f"pattern={self.pattern!r} is not one of auto, {', '.join(PATTERNS)}")
+        for name in ("max_waste", "min_gain"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} is {value}; allowed: 0 to below 1")
+        for name in ("measure", "remove_channels"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.cache, (str, os.PathLike, bool, type(None))):
+            raise TypeError(f"cache must be a path, None or False, got {type(self.cache).__name__}")
+        if not self.measure and self.pattern == "auto":
+            raise ValueError('measure=False needs a pattern: which of several is "auto" is found by measuring')
+
+    def matches(self, module: nn.Module) -> bool:
+        """A Conv2d, Conv1d or Linear, or a subclass of one."""
+        return isinstance(module, tuple(SPARSE))
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """Why no sparse layer can stand in its place."""
+        reason = layer_refusal(module, _base(module), FLOAT_DTYPES)
+        if reason is None and getattr(module, "groups", 1) > 1 and module.in_channels == module.groups:
+            return "depthwise: stays dense"
+        return reason
+
+    def by_hand(self, module: nn.Module) -> str:
+        """`from_dense` of the sparse layer."""
+        return f"pyops.nn.{SPARSE[_base(module)].__name__}.from_dense(model, pattern=...)"
+
+    def check(self, example_inputs: Any) -> None:
+        """Refuse to choose without measuring."""
+        if self.measure and example_inputs is None:
+            raise ValueError(
+                "Sparse() chooses by measuring and needs swap_(..., example_inputs=...); to convert without measuring "
+                'write Sparse(pattern="oc_block16", measure=False), or another pattern'
+            )
+
+    @contextlib.contextmanager
+    def prepared(
+        self, model: nn.Module, filter_fn: FilterFn | None, example_inputs: Any
+    ) -> Iterator[Mapping[nn.Module, str]]:
+        """Dead channels removed, if they shall be."""
+        if not self.remove_channels:
+            yield {}
+            return
+        with removing(model, example_inputs, filter_fn) as found:
+            yield {module: str(row) for module, row in found.items()}
+
+    def convert(self, module: nn.Module) -> nn.Module:
+        """`from_dense` in the pattern of this config."""
+        if self.pattern == "auto":
+            raise ValueError('pattern="auto" is found by measuring; give one to convert a single layer')
+        return self._sparse(module, self.pattern)
+
+    def replace(self, layer: Layer) -> nn.Module | None:
+        """The fastest sparse form of a layer; None if there is none that is faster, with the reason in its row."""
+        module, row, captured = layer.module, layer.row, layer.captured
+        if not has_values(effective(module, "weight").detach()):
+            row.add("its weight has no values in which to look for zeros")
+            return None
+        kept, fits = kept_weights(module)
+        groups = getattr(module, "groups", 1)
+        found = structure_of(kept, groups, self.max_waste, tiles=kept.is_cuda)
+        row.sparsity, row.structure = found.sparsity, str(found)
+        refusal = self._misfit(kept, fits, found)
+        if refusal:
+            row.add(refusal)
+            return None
+        if self.pattern != "auto":
+            stored = {self.pattern: stored_values(as_4d(kept), groups, self.pattern) / kept.numel()}
+            found = dataclasses.replace(found, stored=stored)
+        if not self.measure:
+            new = super().replace(layer)
+            row.choice = f"sparse_{self.pattern}"
+            return new
+        if captured is None:
+            if not row.reason:
+                row.add("cannot be measured: it has no values")
+            return None
+        return self._fastest(layer, found, kept, captured)
+
+    def _misfit(self, kept: torch.Tensor, fits: bool, found: Structure) -> str:
+        if not found.sparsity:
+            return "nothing is pruned"
+        if not fits:
+            return "weights outside of its mask are not zero: the mask is not applied"
+        if self.pattern == "2:4" and not is_2_4(as_4d(kept)):
+            return "its mask keeps more than 2 of 4 consecutive input channels"
+        return ""
+
+    def _fastest(self, layer: Layer, found: Structure, kept: torch.Tensor, captured: Captured) -> nn.Module | None:
+        module, row = layer.module, layer.row
+        dense = dense_forward(module)
+        cache = None if self.cache is False else Cache(None if self.cache is True else self.cache)
+        key = key_of(module, captured, found)
+        ms = None if cache is None else _known(cache.get(key), found)
+        candidates: dict[str, nn.Module] = {}
+        if ms is None:
+            candidates, wrong = self._candidates(layer, dense, found, captured)
+            if wrong:
+                row.add(wrong)
+            if not candidates:
+                return None
+            forwards = {name: new.forward for name, new in candidates.items()}
+            ms = measured(dense, forwards, other_format(module, captured), captured, self.min_gain)
+            if faster(ms, candidates, self.min_gain) is None:
+                ms |= probes(lambda p, m: self._sparse(module, p, m), module, found, kept, ms, captured)
+            if cache is not None and not wrong:
+                cache.put(key, ms)
+                cache.save()
+        best = faster(ms, found.stored, self.min_gain)
+        row.ms_before = row.ms_after = ms[DENSE]
+        told = ", ".join(f"{name} {t:.4g} ms" for name, t in ms.items() if name in (DENSE, *found.stored))
+        advice = _other_format_is_best(ms, ms[best or DENSE])
+        if best is None:
+            row.pays_from = pays_from(ms, found, self.min_gain)
+            row.add(_why_dense(ms, found, told, self, row.pays_from) + advice)
+            return None
+        new = candidates[best] if best in candidates else self._sparse(module, best)
+        sqnr_db, wrong = right(dense, new.forward, captured)
+        if wrong:  # times from the cache, but this weight
+            row.add(f"{best} {wrong}")
+            return None
+        row.ms_after, row.sqnr_db, row.choice = ms[best], sqnr_db, f"sparse_{best}"
+        row.add(told + advice)
+        return new
+
+    def _candidates(
+        self, layer: Layer, dense: Callable, found: Structure, captured: Captured
+    ) -> tuple[dict[str, nn.Module], str]:
+        """(formats whose result is right, what is wrong with the others)."""
+        candidates, wrong = {}, []
+        for pattern in found.stored:
+            new = self._sparse(layer.module, pattern)
+            _, reason = right(dense, new.forward, captured)
+            if reason:
+                wrong.append(f"{pattern} {reason}")
+            else:
+                candidates[pattern] = new
+        return candidates, "; ".join(wrong)
+
+    @staticmethod
+    def _sparse(module: nn.Module, pattern: str, mask: torch.Tensor | None = None) -> nn.Module:
+        return SPARSE[_base(module)].from_dense(module, pattern=pattern, mask=mask)
+
+
+def _base(module: nn.Module) -> type[nn.Module]:
+    return next(base for base in SPARSE if isinstance(module, base))
+
+
+def _known(ms: dict[str, float] | None, found: Structure) -> dict[str, float] | None:
+    """Times from a cache, if they are all that is asked for and nothing else."""
+    allowed = {DENSE, *OTHER_FORMATS, THINNED, BLOCKED, *found.stored}
+    return ms if ms is not None and {DENSE, *found.stored} <= ms.keys() <= allowed else None
+
+
+def _why_dense(ms: Mapping[str, float], found: Structure, told: str, config: Sparse, pays: float | None) -> str:
+    reasons = [f"not {config.min_gain:.0%} faster sparse: {told}"]
+    if pays is not None:
+        reasons.append(f"{best_pattern(ms, found)} would pay from a sparsity of about {pays:.0%}")
+    if ms.get(BLOCKED, math.inf) <= (1 - config.min_gain) * ms[DENSE]:
+        reasons.append(f"at this sparsity oc_block16 would pay: {ms[BLOCKED]:.4g} ms")
+    if (found.dead_outputs or found.dead_inputs) and not config.remove_channels:
+        reasons.append("remove_channels=True may remove dead channels across layers")
+    return "; ".join(reasons)
+
+
+def _other_format_is_best(ms: Mapping[str, float], now: float) -> str:
+    """Advice, if the dense layer is faster than what was chosen where the model is in the other memory format."""
+    name = min((name for name in OTHER_FORMATS if name in ms), key=ms.__getitem__, default=None)
+    if name is None or ms[name] >= 0.97 * now:
+        return ""
+    return f"; a model in memory_format=torch.{OTHER_FORMATS[name]} would take {ms[name]:.4g} ms dense here"
