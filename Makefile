@@ -13,8 +13,9 @@ SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 help:
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 10
 
-demo: $(VENV)/.demo ## train a small model on real digits, swap its layers, show accuracy and latency
+demo: $(VENV)/.demo ## train small models on real digits, quantize one, prune one, show accuracy and latency
 	$(BIN)/python examples/digits.py
+	$(BIN)/python examples/pruned_digits.py
 
 test: $(VENV)/.dev ## all tests on the CPU, with the compiled kernels and again on the PyTorch reference
 	$(BIN)/python -m pytest tests --ignore=tests/gpuless
@@ -29,13 +30,13 @@ lint: $(VENV)/.dev ## ruff, clang-format
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*.inc
 
 bench: $(VENV)/.bench ## every op against its peers on this machine; writes bench/results
-	$(BIN)/python -m pyops bench int8_linear optim
+	$(BIN)/python -m pyops bench int8_linear optim sparse_conv2d sparse_resnet50
 
 # A GPU machine brings its own torch, which a fresh environment would hide: build in place with what is there.
 gpu: ## build, test and benchmark on a machine with a GPU; installs nothing
 	$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m pytest tests/test_gpu.py
-	$(PYTHON) -m pyops bench int8_linear optim --device cuda
+	$(PYTHON) -m pyops bench int8_linear optim sparse_conv2d sparse_resnet50 --device cuda
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) build dist *.egg-info pyops/_C*.so demo_output .pytest_cache .ruff_cache .hypothesis

@@ -66,6 +66,26 @@ class Case:
     """In place of the op's."""
     ours_min_sqnr_db: float | None = None
     """What ours must reach, where there is no reference to compare with to the last bits."""
+    family: str | None = None
+    """The key in `Op.families` of those cases whose geometric mean is looked at together."""
+    shared: str | None = None
+    """Cases in a row with the same key differ in nothing that the other peers look at (in sparsity, say): they are run
+    together, and all peers but ours are checked and timed in the first of them, for all."""
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    default: bool = True
+    """False: run only with --full, or if --cases is given."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Cases that make one point of a curve: the geometric mean of their ratios to the best peer."""
+
+    line: str
+    """The curve."""
+    at: float
+    """Where on `Op.family_axis`."""
+    target: float | None = None
+    """The geometric mean that is aimed at, with any number of threads."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +105,7 @@ class Op:
     """The peer that stands for plain PyTorch."""
     peak: str | None
     """The key in the ceilings that bounds `Case.ops`: "int8_gops" or "fp32_gflops"; None: memory alone is the limit."""
-    reference: Callable[[Inputs], torch.Tensor] | None = None
+    reference: Callable[[Inputs], torch.Tensor | None] | None = None
     """What our kernel must compute, to the last bits; None: `Case.ours_min_sqnr_db` is what is asked of ours."""
     max_error_eps: float = 0.0
     """Ours is wrong if an element differs from `reference` by more than this · eps(dtype) · max|reference|."""
@@ -97,6 +117,9 @@ class Op:
     """The unit of 10⁹ `Case.ops` a second."""
     cache_titles: dict[str, str] = field(default_factory=lambda: dict(CACHE_TITLES))
     """What "warm" and "cold" mean here, for tables and plots."""
+    families: dict[str, Family] = field(default_factory=dict)
+    """With them the plot shows curves in place of bars."""
+    family_axis: str = ""
 
 
 def op_names() -> list[str]:

@@ -12,6 +12,7 @@ from pyops.bench.case import CACHE_TITLES
 from pyops.bench.report import SCHEMA, geomean
 
 COLOURS = ("#9ecae1", "#2171b5", "#08306b", "#041c40")  # light to dark with the number of threads
+LINES = ("#2171b5", "#e08214", "#1b7837", "#762a83", "#666666")
 INK, GRID, LOSS, TARGET = "#222222", "#dddddd", "#c0392b", "#e08214"
 TICKS = (0.4, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 FLOOR = 0.4
@@ -29,10 +30,28 @@ def replot(json_path: Path, png_path: Path | None = None) -> Path:
 
 
 def draw(document: dict[str, Any], target: Path) -> None:
-    """One panel for each cache state; bars by group and case, one for each thread count, on a log axis; targets too."""
+    """Curves if the op has families, else bars."""
     import matplotlib
 
     matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.edgecolor": "#888888"})
+    figure = _curves(document) if document.get("families") else _bars(document)
+    figure.suptitle(f"{document['title']}: speed over the best peer", x=0.01, ha="left", fontsize=13, weight="bold")
+    peers = ", ".join(p["name"] for p in document["peers"] if p["role"] in ("peer", "baseline") and not p["missing"])
+    machine = document["machine"]
+    name = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
+    note = f"{name} · torch {machine['torch']} · {machine['date'][:10]}" + " · quick run" * document["quick"]
+    named = "" if document.get("families") else " It is named at the foot of each bar."
+    figure.text(0.01, 0.005, f"{note}\nBest of: {peers}.{named}", fontsize=7.5, color="#666666")
+    figure.tight_layout(rect=(0, 0.04, 1, 0.98))
+    figure.savefig(target, dpi=160, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _bars(document: dict[str, Any]) -> Any:
+    """One panel for each cache state; bars by group and case, one for each thread count, on a log axis; targets too."""
     import matplotlib.pyplot as plt
 
     shown = [point for point in document["points"] if point["speedup"]]
@@ -44,24 +63,64 @@ def draw(document: dict[str, Any], target: Path) -> None:
             x += 1.0 if point["group"] == group else 1.7
             ticks[point["case"]], group = x, point["group"]
     width = max(7.0, 0.55 * x + 2)
-    plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.edgecolor": "#888888"})
     figure, panels = plt.subplots(len(caches), 1, figsize=(width, 3.0 * len(caches) + 1.3), sharex=True, squeeze=False)
     values = [value for p in shown for value in (p["speedup"], p.get("target")) if value] or [1.0]
     for panel, cache in zip(panels[:, 0], caches, strict=True):
         title = document.get("cache_titles", CACHE_TITLES)[cache]
         _panel(panel, [p for p in shown if p["cache"] == cache], ticks, document["threads"], title, values)
     _groups(panels[-1, 0], shown, ticks)
-    machine = document["machine"]
-    name = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
-    figure.suptitle(f"{document['title']}: speed over the best peer", x=0.01, ha="left", fontsize=13, weight="bold")
-    peers = ", ".join(p["name"] for p in document["peers"] if p["role"] in ("peer", "baseline") and not p["missing"])
-    note = f"{name} · torch {machine['torch']} · {machine['date'][:10]}" + " · quick run" * document["quick"]
-    figure.text(
-        0.01, 0.005, f"{note}\nBest of: {peers}. It is named at the foot of each bar.", fontsize=7.5, color="#666666"
-    )
-    figure.tight_layout(rect=(0, 0.04, 1, 0.98))
-    figure.savefig(target, dpi=160, metadata={"Software": None})
-    plt.close(figure)
+    return figure
+
+
+def _curves(document: dict[str, Any]) -> Any:
+    """One panel for each thread count and cache state; a curve is the geometric mean of each family along its line.
+
+    The band reaches from the slowest to the fastest case, a short bar is the target, the line at 1 the crossover.
+    """
+    import matplotlib.pyplot as plt
+
+    found = {name: part["families"] for name, part in document["summary"].items() if name != "all"}
+    families = document["families"]
+    size = (max(7.0, 5.2 * len(found) + 0.6), 4.6)
+    figure, panels = plt.subplots(1, max(len(found), 1), figsize=size, sharey=True, squeeze=False)
+    lines = list(dict.fromkeys(family["line"] for family in families.values()))
+    values = [f[key] for part in found.values() for f in part.values() for key in ("lowest", "highest", "target")]
+    values = [value for value in values if value] or [1.0]
+    low, high = min(0.9, min(values) / 1.1), max(1.7, max(values) * 1.15)
+    for panel, (title, part) in zip(panels[0], found.items(), strict=False):
+        for i, line in enumerate(lines):
+            points = sorted((families[name]["at"], f) for name, f in part.items() if families[name]["line"] == line)
+            if points:
+                _curve(panel, line, i, [at for at, _ in points], [f for _, f in points])
+        panel.set_title(title, loc="left", fontsize=10)
+        panel.set_xlabel(document["family_axis"])
+        panel.plot([], [], color="#666666", marker="_", markersize=11, linestyle="", label="target")
+        panel.legend(loc="upper left", frameon=False, fontsize=8)
+    for panel in panels[0]:
+        panel.axhline(1, color=INK, linewidth=0.9, zorder=3)
+        panel.grid(color=GRID, linewidth=0.5, zorder=0)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.set_yscale("log")
+        panel.set_ylim(low, high)
+        shown_ticks = [tick for tick in TICKS if low <= tick <= high]
+        panel.set_yticks(shown_ticks, [f"{tick:g}×" for tick in shown_ticks])
+        panel.set_yticks([], minor=True)
+    panels[0, 0].set_ylabel("best peer time / pyops time")
+    return figure
+
+
+def _curve(panel, line: str, index: int, at: list[float], part: list[dict]) -> None:
+    colour = LINES[index % len(LINES)]
+    lowest, mean, highest = ([family[key] for family in part] for key in ("lowest", "geomean", "highest"))
+    panel.fill_between(at, lowest, highest, color=colour, alpha=0.12, linewidth=0, zorder=1)
+    panel.plot(at, mean, color=colour, marker="o", markersize=4, label=f"{line}: geomean, lowest to highest", zorder=4)
+    aims = [(x, family["target"]) for x, family in zip(at, part, strict=True) if family["target"]]
+    panel.plot([x for x, _ in aims], [y for _, y in aims], color=colour, marker="_", markersize=11, linestyle="")
+    place = {"ha": "right", "xytext": (-3, 4)} if index else {"ha": "left", "xytext": (3, -9)}
+    for x, y in zip(at, mean, strict=True):
+        style = {"textcoords": "offset points", "fontsize": 7, "color": colour, "weight": "bold", **place}
+        panel.annotate(f"{y:.2f}", (x, y), **style)
 
 
 def _panel(panel, part: list[dict], ticks: dict, threads: list[int], title: str, values: list[float]) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import deque
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,13 +75,14 @@ class ProcessWorker:
             pass  # it is dead: `receive` finds out and says why
 
     def receive(self, timeout_s: float) -> dict[str, Any]:
-        """The answer to the last `send`. Raises WorkerError."""
+        """The answer to the first `send` that has none yet. Raises WorkerError."""
         try:
             line = self._replies.get(timeout=timeout_s)
         except queue.Empty:
             self.stop()
             raise WorkerError(f"no answer within {timeout_s:.0f} s") from None
         if line is None:
+            self._replies.put(None)  # for the requests that are still to be answered
             self._log.seek(0)
             tail = self._log.read().decode(errors="replace").strip().splitlines()[-1:]
             raise WorkerError(f"the worker died ({self._process.wait()}): {' '.join(tail)}")
@@ -104,15 +106,15 @@ class LocalWorker:
         from pyops.bench.worker import Session
 
         self._make, self._session = lambda: Session(op, peer, device, threads), None
-        self._request: tuple[str, dict[str, Any]] = ("close", {})
+        self._requests: deque[tuple[str, dict[str, Any]]] = deque()
 
     def send(self, do: str, **request: Any) -> None:
         """Remember the request; `receive` runs it."""
-        self._request = (do, request)
+        self._requests.append((do, request))
 
     def receive(self, timeout_s: float) -> dict[str, Any]:
-        """Run the last request. Raises WorkerError."""
-        do, request = self._request
+        """Run the first request that has not been run. Raises WorkerError."""
+        do, request = self._requests.popleft()
         try:
             self._session = self._session or self._make()
             return getattr(self._session, do)(**request)

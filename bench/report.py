@@ -59,7 +59,11 @@ def points(rows: list[Row]) -> list[Row]:
         baseline = next((row for row in timed if row["peer"] == row["baseline"]), None)
         if ours is None:
             continue
-        point = {key: ours[key] for key in ("case", "group", "label", "threads", "cache", "counted")}
+        point = {
+            key: ours[key]
+            for key in ("case", "group", "label", "threads", "cache", "counted", "variant", "family")
+            if key in ours
+        }
         point |= {"ours_ms": ours["median_ms"], "best_peer": None, "speedup": None, "over_baseline": None}
         point["target"] = ours.get("target") if ours["threads"] > 1 else None
         if best:
@@ -84,8 +88,11 @@ def set_ratios(rows: list[Row]) -> None:
             row["ratio"] = row["median_ms"] / mine if mine else None
 
 
-def summarize(rows: list[Row]) -> dict[str, Any]:
-    """Geometric means, worst point and losses over the counted points, for each (threads, cache) and for all."""
+def summarize(rows: list[Row], families: dict[str, Row] | None = None) -> dict[str, Any]:
+    """Geometric means, worst point and losses over the counted points, for each (threads, cache) and for all.
+
+    `families` has the fields of `case.Family` by name.
+    """
     every = [point for point in points(rows) if point["counted"]]
     parts: dict[str, list[Row]] = {}
     for point in every:
@@ -119,8 +126,20 @@ def summarize(rows: list[Row]) -> dict[str, Any]:
                 f"{p['case']} {p['threads']}T {p['cache']}" for p in over if p["over_baseline"] < 1
             ],
             "geomean_over_peer": {peer: geomean(values) for peer, values in ratios.items()},
+            "families": _families(against, families or {}),
         }
     return summary
+
+
+def _families(part: list[Row], families: dict[str, Row]) -> dict[str, Row]:
+    """Of each family that has points here: their number, geometric mean, lowest and highest ratio, and the target."""
+    found = {}
+    for name, family in families.items():
+        speedups = [point["speedup"] for point in part if point.get("family") == name]
+        if speedups:
+            ends = {"lowest": min(speedups), "highest": max(speedups), "target": family["target"]}
+            found[name] = {"points": len(speedups), "geomean": geomean(speedups), **ends}
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------------- table
@@ -162,6 +181,30 @@ def table(rows: list[Row], ops_unit: str = "GOP/s") -> str:
     return "\n".join(text)
 
 
+def line(rows: list[Row]) -> str:
+    """One case in one line, for cases that share the table of the first one."""
+    ours = next(row for row in rows if row["peer"] == row["ours"])
+    if ours["status"] != "ok":
+        return f"  {ours['label']}: {ours['status']}  {ours['reason']}"
+    parts = []
+    for point in points(rows):
+        over = f"  {_number(point['speedup'])}× over {point['best_peer']}" if point["speedup"] else ""
+        parts.append(f"{_number(point['ours_ms'], 4)} ms{over}  {ours['variant']}".rstrip())
+    return f"  {ours['label']}: {'; '.join(parts)}"
+
+
+def _family_lines(families: dict[str, Row]) -> list[str]:
+    lines = []
+    width = max(map(len, families), default=0)
+    for name, family in families.items():
+        text = f"geomean {_number(family['geomean'])}×, {_number(family['lowest'])}–{_number(family['highest'])}×"
+        if family["target"] is not None:
+            word = "reached" if family["geomean"] >= family["target"] else "missed"
+            text += f", target {family['target']:g}× {word}"
+        lines.append(f"  {name.ljust(max(width, 20))}  {text} ({family['points']} points)")
+    return lines
+
+
 def summary_text(document: dict[str, Any]) -> str:
     """The summary, one block for each (threads, cache)."""
     lines = []
@@ -184,6 +227,8 @@ def summary_text(document: dict[str, Any]) -> str:
             note = f"; slower at: {', '.join(slower)}" if slower else "; nowhere slower"
             baseline = document["baseline"]
             lines.append(f"  {baseline} / ours".ljust(24) + f"geomean {_number(part['geomean_over_baseline'])}×{note}")
+        if name != "all":
+            lines += _family_lines(part.get("families", {}))
         others = ", ".join(f"{peer} {_number(value)}×" for peer, value in part["geomean_over_peer"].items())
         lines.append(f"  each peer / ours      {others}")
     figures = {p["name"]: p["excluded"] for p in document["peers"] if p["excluded"]}

@@ -8,7 +8,9 @@ time, a few rounds, so that a noisy moment of the machine hits all of them; a no
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import fnmatch
+import itertools
 import json
 import sys
 import time
@@ -31,7 +33,7 @@ class UsageError(ValueError):
 def run_op(spec: str, args: argparse.Namespace) -> dict[str, Any]:
     """Benchmark one op: prints its tables, returns the document that becomes the JSON."""
     op, module = cases.load(spec)
-    chosen = [case for case in op.cases if fnmatch.fnmatch(case.name, args.cases)]
+    chosen = _chosen(op, args)
     kinds = select(module.PEERS, args.against)
     kinds = [kind for kind in kinds if args.device in kind.devices]
     document: dict[str, Any] = {
@@ -41,6 +43,8 @@ def run_op(spec: str, args: argparse.Namespace) -> dict[str, Any]:
         "baseline": op.baseline,
         "cache_titles": op.cache_titles,
         "ops_unit": op.ops_unit,
+        "families": {name: dataclasses.asdict(family) for name, family in op.families.items()},
+        "family_axis": op.family_axis,
         "quick": args.quick,
         "machine": machine.describe(args.device),
         "threads": args.threads,
@@ -57,17 +61,32 @@ def run_op(spec: str, args: argparse.Namespace) -> dict[str, Any]:
         runner = Runner(op, spec, chosen, kinds, threads, args)
         document["ceilings"][str(threads)] = runner.ceilings
         try:
-            for case in chosen:
+            for _, together in itertools.groupby(chosen, key=lambda case: case.shared or case.name):
+                case, *others = together
                 progress.set_postfix_str(f"{case.name} {threads}T")
-                fresh = runner.case_rows(case)
+                fresh = runner.rows([case, *others])
                 rows += fresh
                 progress.clear()
-                _print_case(op, case, threads, fresh)
-                progress.update()
+                _print_case(op, case, threads, [row for row in fresh if row["case"] == case.name])
+                for other in others:
+                    print(report.line([row for row in fresh if row["case"] == other.name]), flush=True)
+                progress.update(1 + len(others))
         finally:
             runner.close()
     progress.close()
-    return {**document, "rows": rows, "points": report.points(rows), "summary": report.summarize(rows)}
+    return {
+        **document,
+        "rows": rows,
+        "points": report.points(rows),
+        "summary": report.summarize(rows, document["families"]),
+    }
+
+
+def _chosen(op: Op, args: argparse.Namespace) -> list[Case]:
+    """The cases that --cases, --full and --device leave."""
+    every = args.full or args.cases is not None
+    named = [case for case in op.cases if fnmatch.fnmatch(case.name, args.cases or "*") and (case.default or every)]
+    return [case for case in named if args.device in case.devices]
 
 
 def _print_case(op: Op, case: Case, threads: int, rows: list[report.Row]) -> None:
@@ -111,7 +130,8 @@ def _parser() -> argparse.ArgumentParser:
         "--against", type=lambda s: s.split(","), help="only these peers, comma-separated (ours always runs)"
     )
     parser.add_argument("--threads", help="thread counts, comma-separated; default: 1 and all cores")
-    parser.add_argument("--cases", default="*", help="only cases whose name matches this glob")
+    parser.add_argument("--cases", help="only cases whose name matches this glob")
+    parser.add_argument("--full", action="store_true", help="also the cases that are left out by default")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(
         "--quick", action="store_true", help="short turns, few rounds: for a first look, not for a claim"
@@ -143,9 +163,10 @@ def _check(args: argparse.Namespace) -> None:
             select(module.PEERS, args.against)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        if not any(fnmatch.fnmatch(case.name, args.cases) for case in op.cases):
-            names = ", ".join(case.name for case in op.cases)
-            raise UsageError(f"--cases {args.cases!r} matches no case of {op.name}; there are: {names}")
+        if not _chosen(op, args):
+            names = ", ".join(case.name for case in op.cases if args.device in case.devices)
+            what = f"--cases {args.cases!r} matches no case" if args.cases else f"--device {args.device}: no case"
+            raise UsageError(f"{what} of {op.name}; there are: {names}")
 
 
 def _default_json(document: dict[str, Any]) -> Path:

@@ -24,6 +24,9 @@ NOISY = 1.15
 FOREIGN_CPUS = 0.15
 """More than this used by other processes while a case was timed is said in its table."""
 
+Key = tuple[str, str]
+"""The names of a case and a peer."""
+
 
 class Runner:
     """One op, one device, one thread count: the workers and the rows that they give."""
@@ -53,27 +56,44 @@ class Runner:
         for worker in self.workers.values():
             worker.stop()
 
-    def case_rows(self, case: Case) -> list[report.Row]:
-        """A row for each peer and cache state; a peer that is missing, wrong or broken has one row and no time."""
-        rows = {kind.name: self._row(case, kind) for kind in self.kinds if kind.covers(case)}
-        opened = self._open(case, rows)
-        caches = ("warm", "cold") if case.cold else ("warm",)
-        samples = self._interleave(case, rows, opened, caches)
-        self._close_case(rows)
+    def rows(self, cases: list[Case]) -> list[report.Row]:
+        """A row for each case, peer and cache state; a peer that is missing, wrong or broken has one row and no time.
+
+        `cases` are one case, or those of one `Case.shared`: the rows of their shared peers are the first case's again.
+        """
+        lead = cases[0]
+        caches = ("warm", "cold") if lead.cold else ("warm",)
+        rows = {
+            (case.name, kind.name): self._row(case, kind)
+            for case in cases
+            for kind in self.kinds
+            if kind.covers(case) and (case is lead or kind.role == "ours")
+        }
+        opened = self._open(cases, rows)
+        samples = self._interleave(cases, rows, opened, caches)
+        self._close_cases(rows)
         result = []
-        for name, row in rows.items():
-            if row["status"] != "ok":
-                result.append(row)
-                continue
-            for cache in caches:
-                stats = report.statistics(samples[name, cache])
-                result.append({**row, "cache": cache, **stats, **self._rates(case, cache, stats["median_ms"])})
+        for case in cases:
+            for kind in self.kinds:
+                if not kind.covers(case):
+                    continue
+                key = (case.name, kind.name)
+                if key not in rows:
+                    key = (lead.name, kind.name)
+                    measured = rows.get(key, {"status": "missing", "reason": f"it does not cover {lead.name}"})
+                    rows[case.name, kind.name] = measured | self._facts(case, kind) | {"timed_in": lead.name}
+                row = rows[case.name, kind.name]
+                if row["status"] != "ok":
+                    result.append(row)
+                    continue
+                for cache in caches:
+                    stats = report.statistics(samples[key, cache])
+                    result.append({**row, "cache": cache, **stats, **self._rates(case, cache, stats["median_ms"])})
         report.set_ratios(result)
         return result
 
-    def _row(self, case: Case, kind: type[Peer]) -> report.Row:
-        reason = self.missing[kind.name]
-        facts = ("group", "label", "dims", "ops", "bytes", "ours", "counted", "target")
+    def _facts(self, case: Case, kind: type[Peer]) -> report.Row:
+        facts = ("group", "label", "dims", "ops", "bytes", "ours", "counted", "target", "family")
         competes = kind.role in report.COMPETING and (case.against is None or kind.name in case.against)
         return {
             "case": case.name,
@@ -83,28 +103,34 @@ class Runner:
             "cache": None,
             "peer": kind.name,
             "role": kind.role if competes or kind.role not in report.COMPETING else "figure",
-            "variant": "",
-            "status": "missing" if reason else "ok",
-            "reason": reason or "",
         }
 
-    def _open(self, case: Case, rows: dict[str, report.Row]) -> list[str]:
-        """Let the workers build the case and check what they compute; the names of those that are right."""
+    def _row(self, case: Case, kind: type[Peer]) -> report.Row:
+        reason = self.missing[kind.name]
+        state = {"variant": "", "status": "missing" if reason else "ok", "reason": reason or ""}
+        return self._facts(case, kind) | state
+
+    def _open(self, cases: list[Case], rows: dict[Key, report.Row]) -> list[Key]:
+        """Let the workers build the cases and check what they compute; the keys of those that are right."""
+        if not self._usable(rows):
+            return []  # what makes the inputs may be missing with the peers
         for name, worker in self.workers.items():
             if not worker.alive:  # the case before was too much for it
                 self.workers[name] = self._start(name)
-        oracle, reference = self._expected(case)
-        self._ask_all(rows, "open", case=case.name, cold_bytes=self.cold_bytes)
+        expected = {case.name: self._expected(case) for case in cases}
+        self._ask_all(rows, "open", cold_bytes=self.cold_bytes)
+        by_name = {case.name: case for case in cases}
         with tempfile.TemporaryDirectory() as folder:
-            for name, worker in self._usable(rows):
-                file = str(Path(folder) / f"{name}.npy")
-                worker.send("choose", result=file)
-                answer = self._answer(rows[name], worker, OPEN_TIMEOUT_S)
+            file = str(Path(folder) / "result.npy")
+            for key in self._usable(rows):
+                case, worker = by_name[key[0]], self.workers[key[1]]
+                worker.send("choose", case=case.name, result=file)
+                answer = self._answer(rows[key], worker, OPEN_TIMEOUT_S)
                 if answer is not None:
-                    rows[name] |= answer
-                    self._check(case, rows[name], np.load(file), oracle, reference)
+                    rows[key] |= answer
+                    self._check(case, rows[key], np.load(file), *expected[case.name])
         self._ask_all(rows, "fill")
-        return [name for name, _ in self._usable(rows)]
+        return self._usable(rows)
 
     def _expected(self, case: Case) -> tuple[np.ndarray, torch.Tensor | None]:
         """What is right: the oracle's result, and the reference's where the op has one."""
@@ -112,25 +138,28 @@ class Runner:
         reference = self.op.reference(inputs) if self.op.reference else None
         return self.op.oracle(inputs).float().cpu().numpy(), reference
 
-    def _close_case(self, rows: dict[str, report.Row]) -> None:
-        """Let the workers free the case, those too whose result was wrong."""
-        for name in rows:
+    def _close_cases(self, rows: dict[Key, report.Row]) -> None:
+        """Let the workers free the cases, those too whose result was wrong."""
+        for name in dict.fromkeys(peer for _, peer in rows):
             worker = self.workers.get(name)
             if worker and worker.alive:
                 worker.send("close")
                 with contextlib.suppress(WorkerError):
                     worker.receive(OPEN_TIMEOUT_S)
 
-    def _usable(self, rows: dict[str, report.Row]) -> list[tuple[str, Worker]]:
-        return [(name, worker) for name, worker in self.workers.items() if rows.get(name, {}).get("status") == "ok"]
+    def _usable(self, rows: dict[Key, report.Row]) -> list[Key]:
+        """In the order in which they take turns: by worker."""
+        usable = [key for key, row in rows.items() if row["status"] == "ok" and key[1] in self.workers]
+        order = list(self.workers)
+        return sorted(usable, key=lambda key: order.index(key[1]))
 
-    def _ask_all(self, rows: dict[str, report.Row], do: str, **request: Any) -> None:
+    def _ask_all(self, rows: dict[Key, report.Row], do: str, **request: Any) -> None:
         """Ask all workers at once: what they do is not timed."""
         usable = self._usable(rows)
-        for _, worker in usable:
-            worker.send(do, **request)
-        for name, worker in usable:
-            rows[name] |= self._answer(rows[name], worker, OPEN_TIMEOUT_S) or {}
+        for case, peer in usable:
+            self.workers[peer].send(do, case=case, **request)
+        for key in usable:
+            rows[key] |= self._answer(rows[key], self.workers[key[1]], OPEN_TIMEOUT_S) or {}
 
     def _answer(self, row: report.Row, worker: Worker, timeout_s: float) -> dict[str, Any] | None:
         """The worker's answer; None if there is none, and `row` says why."""
@@ -160,35 +189,48 @@ class Runner:
                 row |= {"status": "wrong", "reason": reason}
 
     def _interleave(
-        self, case: Case, rows: dict[str, report.Row], opened: list[str], caches: tuple[str, ...]
-    ) -> dict[tuple[str, str], list[float]]:
-        samples: dict[tuple[str, str], list[float]] = {(name, cache): [] for name in opened for cache in caches}
+        self, cases: list[Case], rows: dict[Key, report.Row], opened: list[Key], caches: tuple[str, ...]
+    ) -> dict[tuple[Key, str], list[float]]:
+        samples: dict[tuple[Key, str], list[float]] = {(key, cache): [] for key in opened for cache in caches}
         rounds, wall_s, foreign_s, waited_s = 0, 0.0, 0.0, 0.0
-        while rounds < self.rounds or (rounds < 2 * self.rounds and self._noisy(case, rows, samples, caches)):
+        active = {case.name: case for case in cases}
+        while active:
             rounds += 1
             waited_s += machine.wait_until_quiet(self.patience_s - waited_s, FOREIGN_CPUS)
             for cache in caches:
-                for name in opened:
-                    if rows[name]["status"] != "ok":
+                for key in opened:
+                    row, (case, peer) = rows[key], key
+                    if row["status"] != "ok" or (case not in active and row["role"] == "ours"):
                         continue
-                    self.workers[name].send("time", cache=cache, ms=self.turn_ms)
-                    answer = self._answer(rows[name], self.workers[name], TURN_TIMEOUT_S)
+                    self.workers[peer].send("time", case=case, cache=cache, ms=self.turn_ms)
+                    answer = self._answer(row, self.workers[peer], TURN_TIMEOUT_S)
                     if answer:
-                        samples[name, cache] += answer["samples"]
+                        samples[key, cache] += answer["samples"]
                         wall_s, foreign_s = wall_s + answer["wall_s"], foreign_s + answer["foreign_s"]
-        for name in opened:
-            rows[name] |= {"rounds": rounds, "foreign_cpus": foreign_s / wall_s if wall_s else 0.0}
+                        row["rounds"] = rounds
+            if rounds >= self.rounds:
+                more = rounds < 2 * self.rounds
+                active = {
+                    name: case for name, case in active.items() if more and self._noisy(case, rows, samples, caches)
+                }
+        for key in opened:
+            rows[key]["foreign_cpus"] = foreign_s / wall_s if wall_s else 0.0
         return samples
 
     def _noisy(
-        self, case: Case, rows: dict, samples: dict[tuple[str, str], list[float]], caches: tuple[str, ...]
+        self,
+        case: Case,
+        rows: dict[Key, report.Row],
+        samples: dict[tuple[Key, str], list[float]],
+        caches: tuple[str, ...],
     ) -> bool:
         """True if the numbers that make the ratio still scatter."""
-        timed = [name for name, row in rows.items() if row["status"] == "ok"]
+        timed = [key for key, row in rows.items() if row["status"] == "ok"]
         for cache in caches:
-            rivals = [name for name in timed if rows[name]["role"] in report.COMPETING]
-            best = min(rivals, key=lambda name: float(np.median(samples[name, cache])), default=None)
-            if any(name in timed and report.spread(samples[name, cache]) > NOISY for name in (case.ours, best)):
+            rivals = [key for key in timed if rows[key]["role"] in report.COMPETING]
+            best = min(rivals, key=lambda key: float(np.median(samples[key, cache])), default=None)
+            ours = (case.name, case.ours)
+            if any(key in timed and report.spread(samples[key, cache]) > NOISY for key in (ours, best)):
                 return True
         return False
 

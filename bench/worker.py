@@ -1,10 +1,10 @@
 """The worker: one peer in one process, driven by JSON lines on its standard input.
 
     open   {case, cold_bytes}  builds the case and computes it
-    choose {result}            keeps the fastest variant, writes its result to the .npy file `result`
-    fill                       builds as many layers as exceed the cache
-    time   {cache, ms}         samples
-    close                      frees the case
+    choose {case, result}      keeps the fastest variant, writes its result to the .npy file `result`
+    fill   {case}              builds as many layers as exceed the cache
+    time   {case, cache, ms}   samples
+    close                      frees all cases
 
 Two thread pools in one process ruin each other's timing; a process for each peer cannot. On a GPU there is no such
 quarrel, and the runner drives a `Session` in its own process.
@@ -28,12 +28,26 @@ import torch
 
 from pyops.bench import case as cases
 from pyops.bench import machine
+from pyops.bench.case import Case
 from pyops.bench.peers import Instance, Peer
 from pyops.bench.timing import layers_for, quick_ms, samples_ms
 
 
+class _Open:
+    """A case that is open."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.layers = 0
+        self.chosen = ""
+        self.builders: dict[str, Callable[..., Instance]] = {}
+        self.variants: dict[str, tuple[Instance, torch.Tensor]] = {}
+        self.warm: list[Instance] = []  # whole instances: one may hold memory which its call alone does not
+        self.cold: list[Instance] = []
+
+
 class Session:
-    """A peer and the case that it has open."""
+    """A peer and the cases that it has open: several at once only if they are run together."""
 
     def __init__(self, op: str, peer: str, device: str, threads: int) -> None:
         self.op, module = cases.load(op)
@@ -44,51 +58,53 @@ class Session:
 
     def open(self, case: str, cold_bytes: int) -> dict[str, Any]:
         """Build every variant of the case and compute its result. Workers may do this side by side."""
-        self.close()
-        self.case = next(c for c in self.op.cases if c.name == case)
+        held = self._held[case] = _Open(next(c for c in self.op.cases if c.name == case))
         with self._mode():
-            inputs = self.op.make_inputs(self.case, self.device)
+            inputs = self.op.make_inputs(held.case, self.device)
             weight_bytes = self.peer.weight_bytes(inputs)
-            self._builders = self.peer.variants(inputs)
-            for name, build in self._builders.items():
+            held.builders = self.peer.variants(inputs)
+            for name, build in held.builders.items():
                 instance = build()
                 value = instance.check() if instance.check else instance.output(instance.call())
                 value = value.detach().float().cpu().clone()
-                self._variants[name] = (instance, value)
-        self._layers = layers_for(weight_bytes, cold_bytes) if self.case.cold else 0
+                held.variants[name] = (instance, value)
+        held.layers = layers_for(weight_bytes, cold_bytes) if held.case.cold else 0
         quiesce()
-        return {"weight_bytes": weight_bytes, "cold_layers": self._layers}
+        return {"weight_bytes": weight_bytes, "cold_layers": held.layers}
 
-    def choose(self, result: str) -> dict[str, Any]:
+    def choose(self, case: str, result: str) -> dict[str, Any]:
         """Keep the fastest variant, write its first result to `result`. Times, hence one worker at a time."""
-        names = list(self._variants)
+        held = self._held[case]
+        names = list(held.variants)
         with self._mode():
-            calls = {name: self._variants[name][0].call for name in names}
+            calls = {name: held.variants[name][0].call for name in names}
             chosen = min(names, key=lambda name: quick_ms(calls[name], self.device)) if len(names) > 1 else names[0]
-        instance, value = self._variants[chosen]
-        self._warm, self._variants, self._chosen = [instance], {}, chosen
+        instance, value = held.variants[chosen]
+        held.warm, held.variants, held.chosen = [instance], {}, chosen
         np.save(result, value.numpy())
         quiesce()
         return {"variant": chosen, **({"note": instance.note()} if instance.note else {})}
 
-    def fill(self) -> dict[str, Any]:
+    def fill(self, case: str) -> dict[str, Any]:
         """Build what the cold cache needs. Workers may do this side by side."""
-        build = self._builders[self._chosen]
+        held = self._held[case]
+        build = held.builders[held.chosen]
         with self._mode():
-            if self.peer.graph and self._layers:
-                self._cold = [build(self._layers)]
-            elif self._layers:
-                self._cold = [*self._warm, *(build() for _ in range(self._layers - 1))]
-        self._builders = {}
+            if self.peer.graph and held.layers:
+                held.cold = [build(held.layers)]
+            elif held.layers:
+                held.cold = [*held.warm, *(build() for _ in range(held.layers - 1))]
+        held.builders = {}
         quiesce()
         return {}
 
-    def time(self, cache: str, ms: float) -> dict[str, Any]:
+    def time(self, case: str, cache: str, ms: float) -> dict[str, Any]:
         """Samples in milliseconds, of one layer each."""
-        instances = self._cold if cache == "cold" else self._warm
+        held = self._held[case]
+        instances = held.cold if cache == "cold" else held.warm
         calls = [instance.call for instance in instances]
         prepare = [instance.prepare for instance in instances if instance.prepare]
-        layers = self._layers if cache == "cold" and self.peer.graph else 1
+        layers = held.layers if cache == "cold" and self.peer.graph else 1
         with self._mode():
             before = _clocks()
             samples = samples_ms(calls, ms, self.device, prepare)
@@ -97,11 +113,8 @@ class Session:
         return {"samples": [sample / layers for sample in samples], "wall_s": wall_s, "foreign_s": busy_s - own_s}
 
     def close(self) -> dict[str, Any]:
-        """Forget the case."""
-        self._builders: dict[str, Callable[..., Instance]] = {}
-        self._variants: dict[str, tuple[Instance, torch.Tensor]] = {}
-        self._warm: list[Instance] = []  # whole instances: one may hold memory which its call alone does not
-        self._cold: list[Instance] = []
+        """Forget the cases."""
+        self._held: dict[str, _Open] = {}
         _release_memory()
         return {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -12,10 +13,21 @@ import pytest
 import torch
 
 from pyops import backend
-from pyops.bench import ceilings, optim, optim_peers, optim_shapes, report, timing
+from pyops.bench import (
+    ceilings,
+    optim,
+    optim_peers,
+    optim_shapes,
+    report,
+    sparse_conv2d,
+    sparse_conv2d_peers,
+    sparse_resnet50_peers,
+    timing,
+)
 from pyops.bench.case import Pass, load, op_names
 from pyops.bench.peers import Peer, select
 from pyops.bench.run import main
+from pyops.ops.sparse_packed import packs
 
 TINY = '''
 """An op that doubles its input, with peers that are right, slow, wrong, broken and missing."""
@@ -257,6 +269,9 @@ def test_every_op_is_well_formed() -> None:
             assert not case.passes or case.bytes == pytest.approx(sum(part.bytes for part in case.passes))
             assert op.reference or case.ours_min_sqnr_db
             assert set(op.cache_titles) >= ({"warm", "cold"} if case.cold else {"warm"})
+            assert case.family is None or case.family in op.families
+        if all(peer.missing("cpu") for peer in module.PEERS):
+            continue  # what makes the inputs may be missing too
         smallest = min(op.cases, key=lambda case: case.ops)
         inputs = op.make_inputs(smallest, torch.device("cpu"))
         exact = op.oracle(inputs).numpy()
@@ -480,6 +495,173 @@ def test_optimizer_benchmark_runs(tmp_path: Path) -> None:
     assert main(["optim", *options, "--json", str(tmp_path / "optim.json")]) == 0
     document = json.loads((tmp_path / "optim.json").read_text(encoding="utf-8"))
     assert {row["peer"]: row["status"] for row in document["rows"]}["torch-fused"] == "ok"
+
+
+# ----------------------------------------------------------------------------------------------- shared cases, families
+
+SHARED = '''
+"""An op whose cases differ only for ours: it is faster the larger n is. Every turn goes into a log."""
+import time
+from pathlib import Path
+import torch
+from pyops.bench.case import Case, Family, Op
+from pyops.bench.peers import Instance, Peer
+
+LOG = Path(__file__).with_suffix(".log")
+OP = Op(
+    name="shared",
+    title="waiting",
+    cases=tuple(
+        Case(
+            f"{group}/{n}", group, f"n={n}", {"n": n}, ops=1, bytes=8, source="a test", cold=False, family=f"n {n}",
+            shared=group, default=group != "c", devices=("cpu",) if group != "cuda" else ("cuda",), counted=n != 9,
+        )
+        for group in ("a", "b", "c", "cuda") for n in (1, 2, 4)
+    ),
+    make_inputs=lambda case, device: {"case": case, "x": torch.full((4,), float(case.dims["n"]))},
+    oracle=lambda inputs: inputs["x"],
+    reference=lambda inputs: None,
+    min_sqnr_db=30.0,
+    baseline="dense",
+    peak=None,
+    families={f"n {n}": Family("all", n, target=0.1 if n < 4 else 1000.0) for n in (1, 2, 4)},
+    family_axis="n",
+)
+
+
+class Ours(Peer):
+    name, role, runs = "pyops", "ours", "waits for 4 ms / n"
+
+    def variants(self, inputs):
+        case = inputs["case"]
+        if case.name == "b/2":
+            raise RuntimeError("no such n")
+
+        def call():
+            with LOG.open("a") as file:
+                file.write(f"{self.name} {case.name}\\n")
+            time.sleep(0.004 / case.dims["n"] if self.role == "ours" else 0.004)
+            return inputs["x"]
+
+        return {"": lambda: Instance(call)}
+
+
+class Dense(Ours):
+    name, role = "dense", "baseline"
+
+
+PEERS = [Ours, Dense]
+'''
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list[str], Path]:
+    """Of one run of `shared`: the JSON, the calls in their order, where the JSON is."""
+    path = tmp_path_factory.mktemp("shared") / "shared.py"
+    path.write_text(SHARED, encoding="utf-8")
+    target = path.with_suffix(".json")
+    assert main([str(path), "--quick", "--threads", "1", "--skip-ceilings", "--json", str(target)]) == 1
+    return json.loads(target.read_text(encoding="utf-8")), path.with_suffix(".log").read_text().split("\n"), target
+
+
+def test_shared_peers_are_timed_once(together: tuple[dict, list[str], Path]) -> None:
+    """In the first of the cases, in turns with ours in each of them; their rows are in all."""
+    document, calls, _ = together
+    assert {call for call in calls if call.startswith("dense")} == {"dense a/1", "dense b/1"}
+    turns = [call for call, _ in itertools.groupby(calls)]
+    rounds = zip(turns, turns[1:], turns[2:], strict=False)
+    assert list(rounds).count(("pyops b/1", "pyops b/4", "dense b/1")) >= 2
+    dense = {row["case"]: row for row in _rows(document, "dense")}
+    assert list(dense) == ["a/1", "a/2", "a/4", "b/1", "b/2", "b/4"]
+    assert len({dense[name]["median_ms"] for name in ("a/1", "a/2", "a/4")}) == 1
+    assert (dense["a/4"]["timed_in"], dense["a/4"]["dims"], "timed_in" in dense["a/1"]) == ("a/1", {"n": 4}, False)
+    for point in document["points"]:
+        assert point["best_peer_ms"] == dense[point["case"]]["median_ms"]
+
+
+def test_a_broken_case_leaves_the_others(together: tuple[dict, list[str], Path]) -> None:
+    document, _, _ = together
+    assert {row["case"]: row["status"] for row in _rows(document, "pyops") if row["status"] != "ok"} == {"b/2": "error"}
+    assert [point["case"] for point in document["points"]] == ["a/1", "a/2", "a/4", "b/1", "b/4"]
+
+
+def test_families_have_geometric_means(together: tuple[dict, list[str], Path], tmp_path: Path) -> None:
+    document, _, path = together
+    (part,) = document["summary"].values()
+    speedups = {point["case"]: point["speedup"] for point in document["points"]}
+    assert {name: family["points"] for name, family in part["families"].items()} == {"n 1": 2, "n 2": 1, "n 4": 2}
+    family = part["families"]["n 4"]
+    assert family["geomean"] == pytest.approx(math.sqrt(speedups["a/4"] * speedups["b/4"]))
+    assert (family["lowest"], family["highest"]) == tuple(sorted([speedups["a/4"], speedups["b/4"]]))
+    text = report.summary_text(document)
+    assert text.count("target 0.1× reached") == 2
+    assert text.count("target 1000× missed (2 points)") == 1
+    assert main(["--replot", str(path), "--plot", str(tmp_path / "curves.png")]) == 0
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_default_cases_are_a_choice(tmp_path: Path) -> None:
+    path = tmp_path / "shared.py"
+    path.write_text(SHARED, encoding="utf-8")
+    common = [str(path), "--quick", "--threads", "1", "--skip-ceilings", "--json", str(tmp_path / "shared.json")]
+
+    def cases(*options: str) -> list[str]:
+        assert main([*common, *options]) == 0
+        return [row["case"] for row in _rows(json.loads((tmp_path / "shared.json").read_text()), "dense")]
+
+    assert cases("--cases", "c/[12]") == ["c/1", "c/2"]
+    assert cases("--cases", "*/4", "--full") == ["a/4", "b/4", "c/4"]
+    assert main([*common, "--cases", "cuda/*"]) == 2
+
+
+# --------------------------------------------------------------------------------------------------- sparse convolution
+
+
+@pytest.mark.parametrize("peer", sparse_conv2d_peers.PEERS, ids=lambda peer: peer.name)
+@pytest.mark.parametrize("pruning", sparse_conv2d.PRUNINGS[::3], ids=lambda pruning: pruning.family)
+def test_sparse_convolutions_are_right(pruning: sparse_conv2d.Pruning, peer: type[Peer]) -> None:
+    """On small images and odd channels, the weights with as many zeros as they say, in every memory format."""
+    case = sparse_conv2d._case("resnet50", (20, 40, 3, 2, 9), 2, pruning)
+    inputs = sparse_conv2d.make_inputs(case, torch.device("cpu"))
+    zeros = float((inputs["w"] == 0).float().mean())
+    assert zeros == pytest.approx(pruning.percent / 100, abs=0.01 if "block" not in pruning.pattern else 0.15)
+    right = sparse_conv2d.oracle(inputs).numpy()
+    for build in peer(torch.device("cpu"), 1).variants(inputs).values():
+        instance = build()
+        assert report.sqnr_db(instance.output(instance.call()).detach().numpy(), right) > 100
+
+
+def test_sparse_cases_hold_what_they_say() -> None:
+    assert (len(set(sparse_conv2d.RESNET50)), len(set(sparse_conv2d.VGG16))) == (23, 9)
+    cases = [case for case in sparse_conv2d.CASES if "cpu" in case.devices]
+    assert {case.family for case in sparse_conv2d.CASES} == set(sparse_conv2d.OP.families)
+    assert len(cases) == 32 * 2 * 10
+    runs = [name for name, _ in itertools.groupby(case.shared for case in cases)]
+    assert len(runs) == len(set(runs)) == 64  # those of a shape and batch stand together
+    (case,) = [case for case in cases if case.name == "resnet50/64-64-3x3@56/b1/unstructured-90"]
+    assert case.ops == pytest.approx(2 * 64 * 64 * 9 * 56 * 56 / 10)
+    assert case.bytes == pytest.approx(4 * (2 * 64 * 56 * 56 + 64 * 64 * 9 / 10))
+
+
+def test_a_user_keeps_the_packed_weight() -> None:
+    """Under inference mode too, in which the runner times."""
+    case = sparse_conv2d._case("resnet50", (16, 16, 3, 1, 8), 1, sparse_conv2d.PRUNINGS[0])
+    with torch.inference_mode():
+        inputs = sparse_conv2d.make_inputs(case, torch.device("cpu"))
+        instance = sparse_conv2d_peers.Pyops(torch.device("cpu"), 1).variants(inputs)["NCHW"]()
+        instance.call()
+    weight = next(c.cell_contents for c in instance.call.__closure__ if hasattr(c.cell_contents, "packed"))
+    assert (weight.packed._held is not None) == packs(inputs["x"], weight.values)
+
+
+def test_models_that_cannot_be_made_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without transformers every peer says so, and nothing tries to make the model."""
+    monkeypatch.setattr(sparse_resnet50_peers._Model, "module", "no_such_module")
+    options = ["--quick", "--threads", "1", "--skip-ceilings", "--cases", "b1/unstructured-90"]
+    assert main(["sparse_resnet50", *options, "--json", str(tmp_path / "r.json")]) == 0
+    rows = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["status"] for row in rows] == ["missing"] * 3
+    assert {row["reason"] for row in rows} == {"not installed: pip install transformers"}
 
 
 # ---------------------------------------------------------------------------------------------------------- arithmetic
