@@ -61,6 +61,13 @@ class Config:
         """
         return contextlib.nullcontext({})
 
+    def finish(self, model: nn.Module, example_inputs: Any) -> Mapping[str, str]:
+        """Change the model after its layers are replaced; {name of a layer: what was changed, or why it was not}.
+
+        May raise; all that it changes in modules of the model is undone then.
+        """
+        return {}
+
     def replace(self, layer: Layer) -> nn.Module | None:
         """Choose what takes the place of one layer, measured where there is an input; None if it stays.
 

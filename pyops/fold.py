@@ -11,27 +11,24 @@ pruning.
 from __future__ import annotations
 
 import dataclasses
-import gc
-import itertools
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import prune
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import TensorWeakRef
 
-from pyops.measure import call, check_inputs, evaluating
+from pyops.flow import Flow, find_flow, hooked, said
+from pyops.measure import check_inputs
 from pyops.nn.effective import baked_hooks, effective, origin
-from pyops.trace import LAYERS, owners, trace
+from pyops.trace import LAYERS
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+CHANNELS_AT_1 = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Linear: 2}
+"""Dimensions of an output whose channels are where a normalization looks for them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +72,16 @@ def fold_batch_norm_(model: nn.Module, example_inputs: Any = None) -> list[Fold]
     norms = [module for module in names if isinstance(module, _BatchNorm)]
     if not norms:
         return []
-    flow, unseen = _flow(model, example_inputs)
+    flow = find_flow(
+        model,
+        example_inputs,
+        lambda module: isinstance(module, (*LAYERS, _ConvTransposeNd)),
+        lambda module: isinstance(module, _BatchNorm),
+    )
     ties = _ties(model)
     rows, changes = [], []
     for bn in norms:
-        layer, reason = _pair(bn, flow, names, unseen)
+        layer, reason = _pair(bn, flow, names)
         if layer is not None and not reason:
             reason = fold_refusal(layer, bn) or _tied(layer, ties)
         if layer is not None and not reason:
@@ -146,7 +148,7 @@ def _norm_refusal(bn: nn.Module) -> str | None:
         return "has no running statistics"
     if any(origin(bn, name) for name in ("weight", "bias")):
         return "its weight or bias is parametrized"
-    if _hooks(bn):
+    if hooked(bn, inputs=True):
         return "has hooks, which nn.Identity would not call in the same way"
     return None
 
@@ -167,7 +169,7 @@ def _layer_refusal(layer: nn.Module, bn: nn.Module) -> str | None:
     extra = [key for key in layer._modules if layer._modules[key] is not None]
     if extra:
         return f"the layer holds other modules: {', '.join(extra)}"
-    if _hooks(layer):
+    if hooked(layer):
         return "the layer has hooks that see its output"
     weight = _stored(layer, "weight")
     if weight is None or (layer.bias is not None and _stored(layer, "bias") is None):
@@ -184,11 +186,26 @@ def _stored(layer: nn.Module, name: str) -> nn.Parameter | None:
     return layer._parameters.get(f"{name}_orig", layer._parameters.get(name))
 
 
-def _hooks(module: nn.Module) -> bool:
-    """True if hooks see the module's output or gradients; of a normalization also its input."""
-    names = ["_forward_hooks", "_backward_hooks", "_backward_pre_hooks"]
-    names += ["_forward_pre_hooks"] if isinstance(module, _BatchNorm) else []
-    return any(module.__dict__.get(name) for name in names)
+def _pair(bn: nn.Module, flow: Flow, names: dict[nn.Module, str]) -> tuple[nn.Module | None, str]:
+    """(the layer before `bn` if there is one, why they cannot be folded or "")."""
+    sources = list(dict.fromkeys(flow.sources.get(bn, [])))
+    if not sources:
+        return None, flow.unseen
+    if len(sources) > 1:
+        return None, f"called on several outputs: {', '.join(said(s, names) for s in sources)}"
+    layer = sources[0]
+    if isinstance(layer, str):
+        return None, f"its input comes from {layer}"
+    for module, it in ((bn, "it"), (layer, "the layer")):
+        if flow.read_by(module):
+            return layer, f"{it} is also used by {flow.read_by(module)}"
+    others = [use for use in dict.fromkeys(flow.uses.get(layer, [])) if use is not bn]
+    if others:
+        return layer, f"the layer's output also goes to {', '.join(said(use, names) for use in others)}"
+    wrong = flow.dims[bn] - {next((dims for kind, dims in CHANNELS_AT_1.items() if isinstance(layer, kind)), None)}
+    if wrong and isinstance(layer, LAYERS):
+        return layer, f"a {type(layer).__name__} whose output of {max(wrong)} dimensions has its channels elsewhere"
+    return layer, ""
 
 
 def _ties(model: nn.Module) -> dict[int, list[str]]:
@@ -237,183 +254,3 @@ def _assign(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
         layer.bias.copy_(bias)
     for hook in baked_hooks(layer, "weight"):
         hook(layer, ())  # `.weight` of a pruned layer is stale until then
-
-
-# ------------------------------------------------------------------------------------------- what goes where
-
-
-LOOKS = frozenset({"size", "dim", "ndimension", "numel", "stride", "is_contiguous", "is_floating_point"})
-"""Methods that only look at a tensor's form, which a fold does not change."""
-FORM = frozenset({"shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta", "requires_grad"})
-"""Attributes that are part of it."""
-
-
-class Flow:
-    """What is seen of a model: modules, or words for what is no module."""
-
-    def __init__(self) -> None:
-        self.uses: dict[nn.Module, list[nn.Module | str]] = defaultdict(list)
-        """For each layer, what takes its outputs."""
-        self.sources: dict[nn.Module, list[nn.Module | str]] = defaultdict(list)
-        """For each normalization, what gives its inputs."""
-        self.reads: dict[nn.Module, list[str]] = defaultdict(list)
-        """For each module, what uses it in other ways than calling it."""
-
-
-def _flow(model: nn.Module, example_inputs: Any) -> tuple[Flow, str]:
-    """(the flow, what to say of a normalization that is not in it)."""
-    try:
-        return _traced(model), "never called by the model's forward"
-    except Exception as error:  # whatever a model's own code raises on fx's proxies
-        failure = f"{type(error).__name__}: {error}".strip().split("\n")[0][:100]
-    if example_inputs is not None:
-        return _watched(model, example_inputs), "not called with these example_inputs"
-    return _neighbours(model), f"the model cannot be traced ({failure}): give example_inputs"
-
-
-def _pair(bn: nn.Module, flow: Flow, names: dict[nn.Module, str], unseen: str) -> tuple[nn.Module | None, str]:
-    """(the layer before `bn` if there is one, why they cannot be folded or "")."""
-    sources = list(dict.fromkeys(flow.sources.get(bn, [])))
-    if not sources:
-        return None, unseen
-    if len(sources) > 1:
-        return None, f"called on several outputs: {', '.join(_said(s, names) for s in sources)}"
-    layer = sources[0]
-    if isinstance(layer, str):
-        return None, f"its input comes from {layer}"
-    for module, said in ((bn, "it"), (layer, "the layer")):
-        if flow.reads.get(module):
-            return layer, f"{said} is also used by {', '.join(dict.fromkeys(flow.reads[module]))}"
-    others = [use for use in dict.fromkeys(flow.uses.get(layer, [])) if use is not bn]
-    if others:
-        return layer, f"the layer's output also goes to {', '.join(_said(use, names) for use in others)}"
-    return layer, ""
-
-
-def _said(what: nn.Module | str, names: dict[nn.Module, str]) -> str:
-    return what if isinstance(what, str) else f"{names[what]} ({type(what).__name__})"
-
-
-def _traced(model: nn.Module) -> Flow:
-    graph = trace(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    owned = owners(model)
-    flow = Flow()
-
-    def described(node: fx.Node) -> nn.Module | str:
-        if node.op == "call_module":
-            return modules[node.target]
-        said = {"output": "the model's output", "placeholder": f"the model's input {node.target}"}
-        return said.get(node.op, getattr(node.target, "__name__", str(node.target)))
-
-    for node in graph.nodes:
-        users = [user for user in node.users if not _only_looks(user)]
-        if node.op == "call_module":
-            module = modules[node.target]
-            flow.uses[module] += [described(user) for user in users]
-            if isinstance(module, _BatchNorm):
-                flow.sources[module] += [described(source) for source in node.all_input_nodes]
-        elif node.op == "get_attr" and users:
-            parent, _, name = node.target.rpartition(".")
-            owner = owned.get(id(getattr(modules.get(parent), name, None)))
-            if owner is not None:
-                flow.reads[owner].append(f"code that reads {node.target}")
-    return flow
-
-
-def _only_looks(node: fx.Node) -> bool:
-    if node.op == "call_function" and node.target is getattr:
-        return node.args[1] in FORM
-    return node.op == "call_method" and node.target in LOOKS
-
-
-def _neighbours(model: nn.Module) -> Flow:
-    """Children of an `nn.Sequential` feed one another; what any other module does with its children is unknown."""
-    flow = Flow()
-    for parent in model.modules():
-        children = [child for child in parent._modules.values() if child is not None]
-        if type(parent).forward is not nn.Sequential.forward or "forward" in parent.__dict__:
-            for child in children:
-                flow.reads[child].append(f"a {type(parent).__name__} that holds it")
-            continue
-        for first, second in itertools.pairwise(["the input of a Sequential", *children, "the end of a Sequential"]):
-            if isinstance(first, nn.Module):
-                flow.uses[first].append(second)
-            if isinstance(second, _BatchNorm):
-                flow.sources[second].append(first)
-    return flow
-
-
-class _Watch(TorchFunctionMode):
-    """Sees what every torch function is given, while hooks see what every module is given."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.flow = Flow()
-        self.owners = owners(model)
-        self.made: dict[int, tuple[TensorWeakRef, nn.Module]] = {}  # by id, which is only good while the tensor lives
-        self.inside: list[nn.Module] = []
-        """Layers and normalizations that run at this moment, the innermost last."""
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", str(func))
-        looks = name in LOOKS or (name == "__get__" and getattr(func.__self__, "__name__", "") in FORM)
-        for tensor in () if looks else tree_leaves((args, kwargs)):
-            maker, owner = self.maker(tensor), self.owners.get(id(tensor))
-            if maker is not None:
-                self.flow.uses[maker].append(self.inside[-1] if self.inside else name)
-            if owner is not None and owner not in self.inside:
-                self.flow.reads[owner].append(f"code that reads its tensors in {name}")
-        return func(*args, **kwargs)
-
-    def maker(self, tensor: Any) -> nn.Module | None:
-        """The layer whose output this very tensor is."""
-        if not isinstance(tensor, Tensor) or id(tensor) not in self.made:
-            return None
-        ref, layer = self.made[id(tensor)]
-        return layer if ref() is tensor else None
-
-    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Forward pre-hook of layers and normalizations, ahead of the hooks that read the module's own tensors."""
-        self.inside.append(module)
-        if isinstance(module, _BatchNorm):
-            x = args[0] if args else kwargs.get("input")
-            layer = self.maker(x)
-            if layer is None:
-                self.flow.sources[module].append("something else than a layer")
-                return
-            self.flow.uses[layer].append(module)
-            channels_at_1 = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Linear: 2}
-            wrong = any(isinstance(layer, kind) and x.dim() != dims for kind, dims in channels_at_1.items())
-            form = f"a {type(layer).__name__} whose output of {x.dim()} dimensions has its channels elsewhere"
-            self.flow.sources[module].append(form if wrong else layer)
-
-    def after(self, module: nn.Module, args: tuple, y: Any) -> None:
-        """Forward hook of the same, also called after an exception."""
-        self.inside.pop()
-        if isinstance(y, Tensor) and not isinstance(module, _BatchNorm):
-            self.made[id(y)] = TensorWeakRef(y), module
-
-    def kept(self) -> list[nn.Module]:
-        """Layers with an output that somebody still holds."""
-        gc.collect()  # frames in cycles hold tensors too
-        return [layer for ref, layer in self.made.values() if ref() is not None]
-
-
-def _watched(model: nn.Module, example_inputs: Any) -> Flow:
-    watch, handles = _Watch(model), []
-    for module in model.modules():
-        if isinstance(module, (*LAYERS, _ConvTransposeNd, _BatchNorm)):
-            handles.append(module.register_forward_pre_hook(watch.before, prepend=True, with_kwargs=True))
-            handles.append(module.register_forward_hook(watch.after, always_call=True))
-    try:
-        with evaluating(model), watch:
-            result = call(model, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for layer in watch.kept():
-        watch.flow.uses[layer].append("the model's result, or an attribute that keeps it")
-    del result  # held until here, whatever its type is
-    return watch.flow

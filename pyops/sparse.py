@@ -18,6 +18,7 @@ from torch import nn
 
 from pyops.choose import DENSE, faster, measured, right
 from pyops.config import Config, FilterFn, Layer
+from pyops.fuse import fuse_activations_
 from pyops.measure import Captured
 from pyops.memory import has_values
 from pyops.nn.conv import SparseConv1d, SparseConv2d
@@ -50,6 +51,8 @@ class Sparse(Config):
         min_gain: the share of the dense layer's time that must be gained.
         measure: False converts every pruned layer to `pattern` without asking if it is faster.
         remove_channels: first remove dead channels across layers by `pyops.prune.remove_dead_channels_`. Not measured.
+        fuse_activations: at the end let the sparse layers apply the activations that follow them, by
+            `pyops.fuse_activations_`. Not measured.
         cache: file of measured times (see `pyops.tune`); None for the default one, False for none.
 
     Raises TypeError or ValueError for other values, and in `swap_` ValueError without example inputs, unless
@@ -61,6 +64,7 @@ class Sparse(Config):
     min_gain: float = 0.03
     measure: bool = True
     remove_channels: bool = False
+    fuse_activations: bool = False
     cache: str | os.PathLike | bool | None = None
 
     choice = "sparse"
@@ -74,7 +78,7 @@ class Sparse(Config):
                 raise TypeError(f"{name} must be a number, got {type(value).__name__}")
             if not 0 <= value < 1:
                 raise ValueError(f"{name} is {value}; allowed: 0 to below 1")
-        for name in ("measure", "remove_channels"):
+        for name in ("measure", "remove_channels", "fuse_activations"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.cache, (str, os.PathLike, bool, type(None))):
@@ -115,6 +119,15 @@ class Sparse(Config):
             return
         with removing(model, example_inputs, filter_fn) as found:
             yield {module: str(row) for module, row in found.items()}
+
+    def finish(self, model: nn.Module, example_inputs: Any) -> Mapping[str, str]:
+        """Activations fused, if they shall be; of every layer that an activation follows."""
+        rows = fuse_activations_(model, example_inputs) if self.fuse_activations else []
+        return {
+            row.layer: f"activation {row.activation} " + ("fused" if row.fused else f"not fused: {row.reason}")
+            for row in rows
+            if row.activation is not None
+        }
 
     def convert(self, module: nn.Module) -> nn.Module:
         """`from_dense` in the pattern of this config."""

@@ -20,6 +20,7 @@ from pyops.measure import capture, check_inputs, evaluating
 from pyops.nn.effective import baked_hooks, effective, origin
 from pyops.nn.linear import Int8Linear
 from pyops.ops.int8_linear import FLOAT_DTYPES, MAX_K
+from pyops.prune.shrink import undoing
 from pyops.refusal import is_baked, is_lazy, layer_refusal
 from pyops.report import UNCHANGED, Report, Row
 
@@ -106,7 +107,12 @@ def swap_(
             row = rows[module]
             row.bytes_after = _nbytes([*new.parameters(), *new.buffers()])
             row.reason = "; ".join([*_facts(row, module, names[module], ties), *dropped])
-        _commit(model, replacements, rows)
+        with undoing(list(model.modules())):
+            _commit(model, replacements, rows)
+            done = config.finish(model, example_inputs)
+        for row in rows.values():
+            if row.name in done:
+                row.add(done[row.name])
     return Report(list(rows.values()))
 
 

@@ -168,6 +168,18 @@ def test_pruned_weights_keep_their_mask(bias):
     torch.testing.assert_close(model(x), expected, **EXACT)
 
 
+def test_a_run_of_pruned_layers():
+    """Each forward of a pruned layer frees its `weight`, and the next tensor may be at the same address."""
+    pairs = [layer for _ in range(8) for layer in (nn.Linear(4, 4), nn.BatchNorm1d(4))]
+    model = randomized(Opaque(nn.Sequential(*pairs)))
+    prune.magnitude(model, 0.5)
+    x = randn(3, 4, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(x)
+    assert [row for row in pyops.fold_batch_norm_(model, x) if not row.folded] == []
+    torch.testing.assert_close(model(x), expected, **EXACT)
+
+
 def prune_free(model):
     """A copy without pruning: torch cannot copy a pruned model that holds a graph."""
     with torch.no_grad():

@@ -24,7 +24,7 @@ SHRINK = frozenset(
     | {f"{name}{suffix}" for name in ("weight", "bias") for suffix in ("", "_orig", "_mask")}
 )
 """The tensors that have a layer's channels; what else a module may hold is not known to."""
-DICTS = ("_parameters", "_buffers")
+DICTS = ("_parameters", "_buffers", "_modules")
 
 
 def shrink(module: nn.Module, dim: int, left: Tensor, extra_bias: Tensor | None = None) -> None:
@@ -52,7 +52,7 @@ def shrink(module: nn.Module, dim: int, left: Tensor, extra_bias: Tensor | None 
 
 @contextlib.contextmanager
 def undoing(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Put the tensors and attributes of these modules back if the body raises."""
+    """Put the tensors, attributes and children of these modules back if the body raises."""
     before = [(m, dict(m.__dict__), {name: dict(m.__dict__[name]) for name in DICTS}) for m in modules]
     try:
         yield
