@@ -5,91 +5,64 @@
 // through the epilogue. Both phases are cut evenly over the threads.
 #include <algorithm>
 #include <cstring>
-#include <type_traits>
 #include <vector>
 
 #include "scratch.h"
-#include "sparse_conv2d_pack.h"
+#include "sparse_conv2d_call.h"
+#include "sparse_conv2d_panels.h"
 
 namespace pyops::sparse {
 namespace {
 
 constexpr int64_t kWaveBytes = 3 << 19;  // panels of a wave, for each thread: most of a 2 MiB L2
-constexpr double kTaskCycles = 20'000;   // less work than this is not worth another thread
 
-struct Problem {
-  const Packed* w;
-  const float* values;
-  int64_t N, H, W, OH, OW, top, left;
-  const void *x, *residual;
-  void* y;
-  bool channels_last;
-  Activation activation;
-  std::vector<float> bias;  // [O]
-};
-
-template <class F>
-void in_parallel(int64_t n, double cycles_each, const F& work) {
-  const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(kTaskCycles / std::max(cycles_each, 1.0)));
-  if (n <= grain)
-    work(0, n);
-  else
-    torch::stable::parallel_for(0, n, grain, work);
-}
-
-template <class T>
+// From images of X, floats or quads, to images of T.
+template <class T, class X = T>
 class SparseConv {
  public:
   explicit SparseConv(const Problem& problem)
-      : p(problem), w(*problem.w), t(w.tiling), L(w.lanes), k(kernels()), conv(w.conv) {
-    if constexpr (std::is_same_v<T, float>)
-      typed = &k.fp32;
-    else
-      typed = &k.half;
-    window.init(conv, t);
-    channel_floats = int64_t(window.HR) * window.HC * L;
-    panel_floats = w.live * channel_floats;
-    if (t.flat) {
-      groups = (p.N * p.OH * p.OW + t.nc * L - 1) / (t.nc * L);
-    } else {
-      down = (p.OH + t.mh - 1) / t.mh, across = (p.OW + t.mw - 1) / t.mw;
-      subtiles = p.N * down * across;
-      groups = (subtiles + L - 1) / L;
-      rows_at.resize(window.HR), cols_at.resize(window.HC);
-      Window::slots(conv.R, conv.sh, conv.dh, t.mh, nullptr, rows_at.data());
-      Window::slots(conv.S, conv.sw, conv.dw, t.mw, nullptr, cols_at.data());
-    }
-    if (p.channels_last) {
-      out_at.assign(conv.C, -1);
-      for (int64_t i = 0; i < w.live; i++) out_at[w.live_channels()[i]] = i * channel_floats;
-    } else {
-      out_at.assign((window.cols + 3) / 4 * 4, -1);
-      for (int32_t i = 0; i < window.HC && !t.flat; i++) out_at[cols_at[i]] = i * L;
-    }
+      : p(problem),
+        w(*problem.w),
+        t(w.tiling),
+        L(w.lanes),
+        k(kernels()),
+        conv(w.conv),
+        typed(&type_kernels<T>(k)),
+        panels({static_cast<const X*>(p.x), p.N, conv.C, p.H, p.W, p.channels_last}, {p.OH, p.OW, p.top, p.left}, conv,
+               t, w.live_channels(), w.live),
+        window(panels.window),
+        channel_floats(panels.channel_floats),
+        panel_floats(panels.panel_floats),
+        groups(panels.groups) {
     tiles_across = t.mw / t.nc;
     tiles = int64_t(t.mh / t.nr) * tiles_across;
     positions = t.nr * t.nc;
-    segment_fn = k.segments(w.rows_at_once, t.nr, t.nc);
+    segment_fn = (p.int8 ? int8_kernels().segments : k.segments)(w.rows_at_once, t.nr, t.nc);
+    if (p.int8) std::memcpy(&panels.pad, &int8_kernels().zero, 4);
     for (int64_t g = 0; g < w.row_groups; g++) {
       bias_at.push_back(bias_rows.size());
       bias_rows.resize(bias_rows.size() + w.groups()[g].rows, 0.0f);
-      for (int32_t o = w.groups()[g].o0; o < w.groups()[g].o1; o++) bias_rows[bias_at[g] + w.row_of()[o]] = p.bias[o];
+      if (p.int8) scale_rows.resize(bias_rows.size()), shift_rows.resize(bias_rows.size());
+      for (int32_t o = w.groups()[g].o0; o < w.groups()[g].o1; o++) {
+        const size_t at = bias_at[g] + w.row_of()[o];
+        bias_rows[at] = p.bias[o];
+        if (p.int8) scale_rows[at] = p.int8->s_w[o], shift_rows[at] = p.int8->bias[o];
+      }
       max_rows = std::max<int64_t>(max_rows, w.groups()[g].rows);
     }
     taps = (w.values_at - w.taps_at) / 2;
-    parts = p.channels_last ? window.HR : (w.live + kChannelsPacked - 1) / kChannelsPacked;
   }
 
   void run() {
     const int64_t threads = torch::stable::get_num_threads(), bytes = panel_floats * sizeof(float);
-    const double work = pack_cycles() + row_group_cycles() * w.row_groups * tiles;
+    const double work = panels.pack_cycles() + row_group_cycles() * w.row_groups * tiles;
     if (groups % threads == 0 || groups >= 8 * threads)
       // A thread packs a panel and uses it while it is in its cache.
       in_parallel(groups, work, [&](int64_t begin, int64_t end) {
         thread_local Scratch scratch;
         float* panel = reinterpret_cast<float*>(scratch.get(bytes));
         for (int64_t group = begin; group < end; group++) {
-          for (int64_t part = 0; part < parts; part++) pack(group, part, panel);
+          for (int64_t part = 0; part < panels.parts; part++) panels.pack(group, part, panel);
           compute(group, 0, w.row_groups * tiles, panel);
         }
       });
@@ -98,150 +71,33 @@ class SparseConv {
   }
 
  private:
-  static constexpr int64_t kChannelsPacked = 16;
-  static constexpr int kMaxLanes = 16;
-  static constexpr int64_t kAhead = 32;  // rows that are fetched before they are read or written
+  static constexpr int kMaxLanes = Panels<X>::kMaxLanes;
+  static constexpr int kMaxPositions = 32;
+  static constexpr int64_t kRowsAhead =
+      6;                                 // that are fetched before they are written, where a row has lines in each lane
+  static constexpr int64_t kAhead = 32;  // rows that are fetched before they are written
 
-  double pack_cycles() const { return double(panel_floats) / L * 4; }
   double row_group_cycles() const { return double(taps) / w.row_groups * positions + double(max_rows) * positions * 5; }
 
   // Too few lane groups for the threads: all share in packing some of them, then in computing them.
   void together(int64_t bytes) {
     thread_local Scratch scratch;
     const int64_t wave = std::clamp<int64_t>(kWaveBytes / std::max<int64_t>(bytes, 1), 1, groups);
-    float* panels = reinterpret_cast<float*>(scratch.get(wave * bytes));
+    float* wave_panels = reinterpret_cast<float*>(scratch.get(wave * bytes));
     for (int64_t first = 0; first < groups; first += wave) {
       const int64_t n = std::min(wave, groups - first), tasks = w.row_groups * tiles;
-      in_parallel(n * parts, pack_cycles() / std::max<int64_t>(parts, 1), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++) pack(first + i / parts, i % parts, panels + i / parts * panel_floats);
+      const int64_t parts = panels.parts;
+      in_parallel(n * parts, panels.pack_cycles() / std::max<int64_t>(parts, 1), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++)
+          panels.pack(first + i / parts, i % parts, wave_panels + i / parts * panel_floats);
       });
       in_parallel(n * tasks, row_group_cycles(), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end;) {
           const int64_t group = i / tasks, stop = std::min(end, (group + 1) * tasks);
-          compute(first + group, i - group * tasks, stop - group * tasks, panels + group * panel_floats);
+          compute(first + group, i - group * tasks, stop - group * tasks, wave_panels + group * panel_floats);
           i = stop;
         }
       });
-    }
-  }
-
-  // The sub-tile of each lane: image and first output pixel; -1 for lanes that have none.
-  struct Lanes {
-    int64_t n[kMaxLanes], y[kMaxLanes], x[kMaxLanes];
-  };
-  Lanes lanes_of(int64_t group) const {
-    Lanes lanes;
-    for (int l = 0; l < L; l++) {
-      const int64_t s = group * L + l, in_image = s % (down * across);
-      lanes.n[l] = s < subtiles ? s / (down * across) : -1;
-      lanes.y[l] = in_image / across * t.mh;
-      lanes.x[l] = in_image % across * t.mw;
-    }
-    return lanes;
-  }
-
-  // -------------------------------------------------------------------------------------------------- packing
-
-  // A part is some channels of NCHW, a row of the panel of channels_last.
-  void pack(int64_t group, int64_t part, float* panel) {
-    if (t.flat)
-      pack_flat(group, part, panel);
-    else if (p.channels_last)
-      pack_channels_last(group, part, panel);
-    else
-      pack_channels_first(group, part, panel);
-  }
-
-  void pack_flat(int64_t group, int64_t part, float* panel) {
-    const int64_t area = p.H * p.W, all = p.N * area, first = group * t.nc * L;
-    for (int64_t i = part * kChannelsPacked; i < std::min<int64_t>(w.live, (part + 1) * kChannelsPacked); i++) {
-      const T* channel = x() + w.live_channels()[i] * area;
-      float* out = panel + i * channel_floats;
-      if (i + kAhead < w.live)
-        prefetch(x() + w.live_channels()[i + kAhead] * area + first / area * conv.C * area + first % area, t.nc * L);
-      for_flat_runs(first, std::min(all, first + t.nc * L), [&](int64_t pixel, int64_t n, bool whole) {
-        const T* from = channel + pixel / area * conv.C * area + pixel % area;
-        float* to = out + (pixel - first);
-        if (whole)
-          typed->copy_in(from, n, (n + L - 1) / L, to);
-        else
-          for (int64_t j = 0; j < n; j++) to[j] = static_cast<float>(from[j]);
-      });
-    }
-  }
-
-  // Calls f(pixel, n, whole) for runs of pixels in one image; `whole` runs begin with a vector and either fill their
-  // last one or end all pixels.
-  template <class F>
-  void for_flat_runs(int64_t begin, int64_t end, const F& f) const {
-    const int64_t area = p.OH * p.OW, origin = begin;
-    while (begin < end) {
-      const int64_t image_end = std::min(end, (begin / area + 1) * area);
-      const int64_t vector_end = image_end == end ? end : origin + (image_end - origin) / L * L;
-      if ((begin - origin) % L == 0 && vector_end > begin) {
-        f(begin, vector_end - begin, true);
-        begin = vector_end;
-      } else {
-        const int64_t n = std::min(image_end, origin + (begin - origin) / L * L + L) - begin;
-        f(begin, n, false);
-        begin += n;
-      }
-    }
-  }
-
-  void pack_channels_first(int64_t group, int64_t part, float* panel) {
-    const Lanes lanes = lanes_of(group);
-    const int64_t area = p.H * p.W, all = p.N * conv.C * area, cols = (window.cols + 3) / 4 * 4;
-    std::vector<uint32_t> inside(cols), valid(cols);
-    int64_t x0[kMaxLanes];
-    for (int l = 0; l < L; l++) x0[l] = lanes.x[l] * conv.sw - p.left;
-    for (int64_t e = 0; e < cols; e++)
-      for (int l = 0; l < L; l++) inside[e] |= uint32_t(lanes.n[l] >= 0 && x0[l] + e >= 0 && x0[l] + e < p.W) << l;
-    const int64_t begin = part * kChannelsPacked, end = std::min<int64_t>(w.live, begin + kChannelsPacked);
-    for (int32_t row = 0; row < window.HR; row++) {
-      int64_t lane[kMaxLanes], low = INT64_MAX, high = INT64_MIN;
-      uint32_t in_rows = 0;
-      for (int l = 0; l < L; l++) {
-        const int64_t y = lanes.y[l] * conv.sh - p.top + rows_at[row];
-        in_rows |= uint32_t(y >= 0 && y < p.H) << l;
-        lane[l] = lanes.n[l] < 0 ? 0 : lanes.n[l] * conv.C * area + std::clamp<int64_t>(y, 0, p.H - 1) * p.W + x0[l];
-        low = std::min(low, lane[l]), high = std::max(high, lane[l]);
-      }
-      for (int64_t e = 0; e < cols; e++) valid[e] = inside[e] & in_rows;
-      for (int64_t i = begin; i < end; i++) {
-        const int64_t first = w.live_channels()[i] * area;
-        float* to = panel + i * channel_floats + int64_t(row) * window.HC * L;
-        if (low + first >= 0 && high + first + cols <= all) {
-          typed->gather({x() + first, lane, window.cols, to, out_at.data(), valid.data(), 1});
-        } else {  // some lane would read outside the tensor
-          for (int64_t e = 0; e < window.cols; e++)
-            for (int l = 0; out_at[e] >= 0 && l < L; l++)
-              to[out_at[e] + l] = valid[e] >> l & 1 ? static_cast<float>(x()[first + lane[l] + e]) : 0.0f;
-        }
-      }
-    }
-  }
-
-  void pack_channels_last(int64_t group, int64_t row, float* panel) {
-    const Lanes lanes = lanes_of(group);
-    const int64_t C = conv.C;
-    for (int32_t col = 0; col < window.HC; col++) {
-      float* to = panel + (int64_t(row) * window.HC + col) * L;
-      int64_t lane[kMaxLanes], last = 0;
-      uint32_t inside = 0;
-      for (int l = 0; l < L; l++) {
-        const int64_t y = lanes.y[l] * conv.sh - p.top + rows_at[row], x = lanes.x[l] * conv.sw - p.left + cols_at[col];
-        const bool in = lanes.n[l] >= 0 && y >= 0 && y < p.H && x >= 0 && x < p.W;
-        inside |= uint32_t(in) << l;
-        lane[l] = in ? ((lanes.n[l] * p.H + y) * p.W + x) * C : 0;
-        last = std::max(last, lane[l]);
-      }
-      // In fours, unless that would read behind the tensor.
-      const int64_t n = last + (C + 3) / 4 * 4 <= p.N * p.H * p.W * C ? C : C / 4 * 4;
-      typed->gather({x(), lane, n, to, out_at.data(), &inside, 0});
-      for (int64_t c = n; c < C; c++)
-        for (int l = 0; out_at[c] >= 0 && l < L; l++)
-          to[out_at[c] + l] = inside >> l & 1 ? static_cast<float>(x()[lane[l] + c]) : 0.0f;
     }
   }
 
@@ -251,6 +107,8 @@ class SparseConv {
   void compute(int64_t group, int64_t begin, int64_t end, const float* panel) {
     thread_local Scratch scratch;
     float* acc = reinterpret_cast<float*>(scratch.get(max_rows * positions * L * sizeof(float)));
+    float s_x[kMaxPositions * kMaxLanes];
+    if (p.int8) scales_of(group, s_x);
     for (int64_t task = begin; task < end; task++) {
       const int64_t row_group = task / tiles, tile = task % tiles;
       const int64_t i0 = tile / tiles_across * t.nr, j0 = tile % tiles_across * t.nc;
@@ -263,22 +121,53 @@ class SparseConv {
                     w.taps() + block.tap, p.values + block.value, acc, bias_rows.data() + bias_at[row_group]});
       }
       const RowGroup& rows = w.groups()[row_group];
-      if (p.activation != Activation::none && !p.residual) k.activate(acc, rows.rows * positions, p.activation);
+      if (p.int8 && p.channels_last)
+        dequantize(row_group, 0, rows.rows, s_x, acc);
+      else if (!p.int8 && p.activation != Activation::none && !p.residual)
+        k.activate(acc, rows.rows * positions, p.activation);
       if (t.flat)
-        store_flat(group, rows, acc);
+        store_flat(group, row_group, s_x, acc);
+      else if (p.phases)
+        store_phases(group, rows, i0, j0, acc);
       else
-        store_tile(group, rows, i0, j0, acc);
+        store_tile(group, row_group, i0, j0, s_x, acc);
     }
+  }
+
+  // The scale of each lane's image; of `flat`, of each position's.
+  void scales_of(int64_t group, float* s_x) const {
+    const std::vector<float>& scales = p.int8->s_x;
+    if (t.flat) {
+      const int64_t area = p.OH * p.OW, first = group * t.nc * L, n = t.nc * L;
+      for (int64_t i = 0, image = first / area; i < n; image++) {
+        const int64_t end = std::min((image + 1) * area - first, n);
+        std::fill(s_x + i, s_x + end, scales[std::min(image, p.N - 1)]);
+        i = end;
+      }
+    } else {
+      const auto lanes = panels.lanes_of(group);
+      for (int l = 0; l < L; l++) s_x[l] = scales[std::max<int64_t>(lanes.n[l], 0)];
+    }
+  }
+
+  // Rows [begin, begin + n) of int32 accumulators to floats, up to the activation unless a residual comes before it.
+  void dequantize(int64_t row_group, int64_t begin, int64_t n, const float* s_x, float* acc) const {
+    const size_t at = bias_at[row_group] + begin;
+    int8_kernels().dequantize({acc + begin * positions * L, n, positions, scale_rows.data() + at,
+                               shift_rows.data() + at, s_x, t.flat ? L : 0,
+                               p.residual ? Activation::none : p.activation});
   }
 
   static void prefetch(const T* p, int64_t n) {
     for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(p + i, 0, 2);
   }
 
-  void store_flat(int64_t group, const RowGroup& rows, const float* acc) {
+  void store_flat(int64_t group, int64_t row_group, const float* s_x, float* acc) {
+    const RowGroup& rows = w.groups()[row_group];
     const int64_t area = p.OH * p.OW, all = p.N * area, first = group * t.nc * L;
     for (int32_t o = rows.o0; o < rows.o1; o++) {
       const float* from = acc + w.row_of()[o] * positions * L;
+      if (p.int8) dequantize(row_group, w.row_of()[o], 1, s_x, acc);
       if (o + kAhead < rows.o1) prefetch(y() + (first / area * conv.O + o + kAhead) * area + first % area, t.nc * L);
       for (int64_t pixel = first, end = std::min(all, first + t.nc * L); pixel < end;) {
         const int64_t n = std::min(end, (pixel / area + 1) * area) - pixel;
@@ -289,8 +178,9 @@ class SparseConv {
     }
   }
 
-  void store_tile(int64_t group, const RowGroup& rows, int64_t i0, int64_t j0, const float* acc) {
-    const Lanes lanes = lanes_of(group);
+  void store_tile(int64_t group, int64_t row_group, int64_t i0, int64_t j0, const float* s_x, float* acc) {
+    const RowGroup& rows = w.groups()[row_group];
+    const typename Panels<X>::Lanes lanes = panels.lanes_of(group);
     int64_t lane[kMaxLanes];
     int32_t counts[kMaxLanes];
     if (!p.channels_last) {
@@ -302,6 +192,10 @@ class SparseConv {
         }
         for (int32_t o = rows.o0; o < rows.o1; o++) {
           const int64_t at = o * p.OH * p.OW;
+          if (o + kRowsAhead < rows.o1)
+            for (int l = 0; l < L; l++)
+              if (counts[l]) __builtin_prefetch(y() + at + kRowsAhead * p.OH * p.OW + lane[l], 1);
+          if (p.int8 && r == 0) dequantize(row_group, w.row_of()[o], 1, s_x, acc);
           typed->scatter({acc + (w.row_of()[o] * positions + r * t.nc) * L, L, t.nc, y() + at,
                           residual() ? residual() + at : nullptr, lane, counts, p.activation});
         }
@@ -324,7 +218,57 @@ class SparseConv {
     }
   }
 
-  const T* x() const { return static_cast<const T*>(p.x); }
+  void store_phases(int64_t group, const RowGroup& rows, int64_t i0, int64_t j0, const float* acc) {
+    const Phases& f = *p.phases;
+    const typename Panels<X>::Lanes lanes = panels.lanes_of(group);
+    const int64_t C = conv.groups * f.channels, unit = f.sw * f.bc;
+    if (p.channels_last) {
+      for (int64_t o = rows.o0; o < rows.o1;) {  // runs of channels in one phase
+        const int64_t c = o % (f.blocks * f.bc), phase = o / (f.blocks * f.bc) % (f.sh * f.sw);
+        const int64_t n = std::min<int64_t>(rows.o1 - o, f.blocks * f.bc - c);
+        const int64_t wanted = std::min(n, f.channels - c);
+        for (int64_t q = 0; q < positions && wanted > 0; q++) {
+          int64_t lane[kMaxLanes];
+          int32_t counts[kMaxLanes];
+          for (int l = 0; l < L; l++) {
+            const int64_t y = (lanes.y[l] + i0 + q / t.nc) * f.sh + phase / f.sw;
+            const int64_t x = (lanes.x[l] + j0 + q % t.nc) * f.sw + phase % f.sw;
+            counts[l] = lanes.n[l] < 0 || y >= p.high || x >= p.wide ? 0 : static_cast<int32_t>(wanted);
+            lane[l] = ((lanes.n[l] * p.high + y) * p.wide + x) * C;
+          }
+          typed->scatter({acc + (w.row_of()[o] * positions + q) * L, positions * L, static_cast<int>(wanted),
+                          y() + o / f.rows() * f.channels + c, nullptr, lane, counts, Activation::none});
+        }
+        o += n;
+      }
+      return;
+    }
+    std::vector<int64_t> lane(L * f.sh * t.nr);
+    std::vector<int32_t> counts(lane.size());
+    for (int64_t i = 0; i < static_cast<int64_t>(lane.size()); i++) {
+      const int64_t l = i % L, y = (lanes.y[l] + i0 + i / L % t.nr) * f.sh + i / L / t.nr;
+      const int64_t x = (lanes.x[l] + j0) * f.sw;
+      lane[i] = (lanes.n[l] * C * p.high + y) * p.wide + x;
+      const bool none = lanes.n[l] < 0 || y >= p.high;
+      counts[i] = none ? 0 : static_cast<int32_t>(std::clamp<int64_t>(p.wide - x, 0, t.nc * f.sw));
+    }
+    thread_local Scratch scratch;
+    float* row = reinterpret_cast<float*>(scratch.get(t.nc * f.sw * L * sizeof(float)));
+    for (int64_t o = rows.o0; o < rows.o1; o += unit) {
+      const int64_t py = o / unit % f.sh, cb = o / unit / f.sh % f.blocks, channel = o / f.rows() * f.channels;
+      for (int64_t c = cb * f.bc; c < std::min((cb + 1) * f.bc, f.channels); c++)
+        for (int64_t r = 0; r < t.nr; r++) {
+          for (int64_t px = 0; px < f.sw; px++) {  // the phases of a row side by side
+            const float* from = acc + (w.row_of()[o + px * f.bc + c % f.bc] * positions + r * t.nc) * L;
+            for (int64_t q = 0; q < t.nc; q++) std::memcpy(row + (q * f.sw + px) * L, from + q * L, L * sizeof(float));
+          }
+          const int64_t at = (py * t.nr + r) * L;
+          typed->scatter({row, L, static_cast<int>(t.nc * f.sw), y() + (channel + c) * p.high * p.wide, nullptr,
+                          lane.data() + at, counts.data() + at, Activation::none});
+        }
+    }
+  }
+
   const T* residual() const { return static_cast<const T*>(p.residual); }
   T* y() const { return static_cast<T*>(p.y); }
 
@@ -335,21 +279,28 @@ class SparseConv {
   const Kernels& k;
   const Conv& conv;
   const TypeKernels<T>* typed;
-  Window window{};
-  int64_t channel_floats, panel_floats, groups, down = 1, across = 1, subtiles = 0, tiles, tiles_across, positions;
-  int64_t max_rows = 1, taps, parts;
+  Panels<X> panels;
+  const Window& window;
+  const int64_t channel_floats, panel_floats, groups;
+  int64_t tiles, tiles_across, positions, max_rows = 1, taps;
   SegmentFn segment_fn;
-  std::vector<int32_t> rows_at, cols_at;
-  std::vector<int64_t> out_at;  // floats from a panel to the vectors of each channel, or of each column of a row
-  std::vector<float> bias_rows;
+  std::vector<float> bias_rows, scale_rows, shift_rows;
   std::vector<size_t> bias_at;
 };
 
+}  // namespace
+
+void run(const Problem& problem, ScalarType dtype) {
+  if (dtype == ScalarType::Float)
+    SparseConv<float>(problem).run();
+  else if (dtype == ScalarType::BFloat16)
+    problem.int8 ? SparseConv<bf16, float>(problem).run() : SparseConv<bf16>(problem).run();
+  else
+    STD_TORCH_CHECK(false, "sparse_conv2d: x must be fp32 or bf16");
+}
+
 // -------------------------------------------------------------------------------------------------- checked wrappers
 
-using Ints = std::vector<int64_t>;
-
-// The weight that these arguments describe, its indices unread; the tensors must outlive it.
 Weight weight_of(const Tensor& values, const Tensor& crow, const Tensor& col, const Ints& shape, const Ints& block,
                  const Ints& stride, const Ints& dilation, int64_t groups) {
   STD_TORCH_CHECK(values.is_cpu() && crow.is_cpu() && col.is_cpu(),
@@ -365,15 +316,17 @@ Weight weight_of(const Tensor& values, const Tensor& crow, const Tensor& col, co
                   "sparse_conv2d: groups=", groups, " does not divide ", shape[0], " output channels");
   STD_TORCH_CHECK(crow.scalar_type() == ScalarType::Int && col.scalar_type() == ScalarType::Int,
                   "sparse_conv2d: crow_indices and col_indices must be int32");
-  STD_TORCH_CHECK(values.scalar_type() == ScalarType::Float || values.scalar_type() == ScalarType::BFloat16,
-                  "sparse_conv2d: values must be fp32 or bf16");
+  const bool int8 = values.scalar_type() == ScalarType::Char;
+  STD_TORCH_CHECK(int8 || values.scalar_type() == ScalarType::Float || values.scalar_type() == ScalarType::BFloat16,
+                  "sparse_conv2d: values must be fp32 or bf16, or int8");
+  STD_TORCH_CHECK(!int8 || (block[0] == 1 && block[1] == 4), "sparse_conv2d: int8 values must be in blocks of 1 x 4");
   STD_TORCH_CHECK(values.dim() == 3 && values.size(1) == block[0] && values.size(2) == block[1],
                   "sparse_conv2d: values must be [blocks, ", block[0], ", ", block[1], "]");
   const auto i32 = [](int64_t v) { return static_cast<int32_t>(v); };
-  Weight w{{i32(shape[0]), i32(shape[1] * groups), i32(shape[2]), i32(shape[3]), i32(groups), i32(stride[0]),
-            i32(stride[1]), i32(dilation[0]), i32(dilation[1])},
+  Weight w{{i32(shape[0]), i32((int8 ? (shape[1] + 3) / 4 : shape[1]) * groups), i32(shape[2]), i32(shape[3]),
+            i32(groups), i32(stride[0]), i32(stride[1]), i32(dilation[0]), i32(dilation[1])},
            block[0],
-           block[1],
+           int8 ? 1 : block[1],
            static_cast<const int32_t*>(crow.const_data_ptr()),
            static_cast<const int32_t*>(col.const_data_ptr()),
            values.const_data_ptr(),
@@ -402,17 +355,51 @@ Tensor empty_image(const int64_t (&s)[4], ScalarType dtype, bool last) {
   return Tensor(handle);
 }
 
-// Sizes of a call: input and output, checked against each other.
-Problem sizes_of(const Conv& c, const Ints& x_shape, const Ints& padding) {
+OutputSize output_size(const Conv& c, const Ints& x_shape, const Ints& padding) {
   STD_TORCH_CHECK(x_shape.size() == 4 && padding.size() == 4,
                   "sparse_conv2d: x must be [N, C, H, W] and padding have 4 elements");
   STD_TORCH_CHECK(x_shape[1] == c.C, "sparse_conv2d: x has ", x_shape[1], " channels, the weight ", c.C);
+  const int64_t high = x_shape[2] + padding[0] + padding[1] - int64_t(c.R - 1) * c.dh;
+  const int64_t wide = x_shape[3] + padding[2] + padding[3] - int64_t(c.S - 1) * c.dw;
+  STD_TORCH_CHECK(high >= 1 && wide >= 1, "sparse_conv2d: the kernel is larger than the padded input");
+  return {(high - 1) / c.sh + 1, (wide - 1) / c.sw + 1};
+}
+
+void join_pixels(Problem& p, const Conv& c, const Ints& padding) {
+  const bool unpadded = std::all_of(padding.begin(), padding.end(), [](int64_t v) { return v == 0; });
+  if (!p.channels_last || !unpadded || c.R != 1 || c.S != 1 || c.sh != 1 || c.sw != 1 || !p.N) return;
+  p.W = p.OW = p.N * p.H * p.W;
+  p.N = p.H = p.OH = 1;
+}
+
+const float* fetch_values(const Weight& w, const Packed& packed) {
+  thread_local Scratch scratch;
+  const int64_t n = packed.stored ? packed.value_count() : 0;
+  float* out = reinterpret_cast<float*>(scratch.get(n * sizeof(float)));
+  const int32_t* sources = packed.sources();
+  in_parallel(n, 3, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) out[i] = w.value(sources[i]);
+  });
+  return out;
+}
+
+namespace {
+
+// Of an int8 weight, x's shape in quads of channels.
+Ints seen(const Weight& w, const Ints& shape, int64_t groups, Ints x_shape) {
+  if (!w.int8()) return x_shape;
+  STD_TORCH_CHECK(x_shape.size() == 4 && x_shape[1] == shape[1] * groups, "int8_sparse_conv2d: x must have ",
+                  shape[1] * groups, " channels");
+  x_shape[1] = w.conv.C;
+  return x_shape;
+}
+
+// Sizes of a call: input and output.
+Problem sizes_of(const Conv& c, const Ints& x_shape, const Ints& padding) {
+  const OutputSize out = output_size(c, x_shape, padding);
   Problem p{};
   p.N = x_shape[0], p.H = x_shape[2], p.W = x_shape[3], p.top = padding[0], p.left = padding[2];
-  const int64_t high = p.H + padding[0] + padding[1] - int64_t(c.R - 1) * c.dh;
-  const int64_t wide = p.W + padding[2] + padding[3] - int64_t(c.S - 1) * c.dw;
-  STD_TORCH_CHECK(high >= 1 && wide >= 1, "sparse_conv2d: the kernel is larger than the padded input");
-  p.OH = (high - 1) / c.sh + 1, p.OW = (wide - 1) / c.sw + 1;
+  p.OH = out.OH, p.OW = out.OW;
   return p;
 }
 
@@ -428,42 +415,38 @@ Tensor sparse_conv2d_pack_cpu(Tensor values, Tensor crow, Tensor col, Ints shape
   values = as_contiguous(values), crow = as_contiguous(crow), col = as_contiguous(col);
   const Weight w = weight_of(values, crow, col, shape, block, stride, dilation, groups);
   check_structure(w, values.size(0));
-  return pack(w, target_of(sizes_of(w.conv, x_shape, padding), padding, channels_last), with_values, tiling);
+  Problem p = sizes_of(w.conv, seen(w, shape, groups, x_shape), padding);
+  p.channels_last = channels_last;
+  if (!w.int8()) join_pixels(p, w.conv, padding);
+  return pack(w, target_of(p, padding, channels_last), with_values, tiling);
 }
 
-// The values in the order of the packed structure, in scratch that lasts until this thread's next call.
-const float* fetch_values(const Weight& w, const Packed& packed) {
-  thread_local Scratch scratch;
-  const int64_t n = packed.stored ? packed.value_count() : 0;
-  float* out = reinterpret_cast<float*>(scratch.get(n * sizeof(float)));
-  const int32_t* sources = packed.sources();
-  in_parallel(n, 3, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) out[i] = w.value(sources[i]);
-  });
-  return out;
-}
+}  // namespace
 
-Tensor sparse_conv2d_cpu(Tensor x, Tensor values, Tensor crow, Tensor col, Ints shape, Ints block,
-                         std::optional<Tensor> bias, std::optional<Tensor> residual, Ints stride, Ints padding,
-                         Ints dilation, int64_t groups, Activation activation, std::optional<Tensor> packed) {
+Tensor sparse_conv2d(Tensor x, Tensor values, Tensor crow, Tensor col, Ints shape, Ints block,
+                     std::optional<Tensor> bias, std::optional<Tensor> residual, Ints stride, Ints padding,
+                     Ints dilation, int64_t groups, Activation activation, std::optional<Tensor> packed,
+                     const Int8Call* int8) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "sparse_conv2d: x must be [N, C, H, W], on the CPU");
   const bool last = channels_last(x);
   if (!last) x = as_contiguous(x);
   values = as_contiguous(values), crow = as_contiguous(crow), col = as_contiguous(col);
   const Weight w = weight_of(values, crow, col, shape, block, stride, dilation, groups);
+  STD_TORCH_CHECK(w.int8() == (int8 != nullptr), "sparse_conv2d: int8 values go with int8_sparse_conv2d");
   const Conv& c = w.conv;
-  Problem p = sizes_of(c, {x.size(0), x.size(1), x.size(2), x.size(3)}, padding);
+  Problem p = sizes_of(c, seen(w, shape, groups, {x.size(0), x.size(1), x.size(2), x.size(3)}), padding);
   p.channels_last = last;
   const int64_t sizes[4] = {p.N, c.O, p.OH, p.OW};
   Tensor y = empty_image(sizes, x.scalar_type(), p.channels_last);
   if (!p.N || !c.O || !p.OH || !p.OW) return y;
+  if (!int8) join_pixels(p, c, padding);
   const Target target = target_of(p, padding, last);
   const Packed* blob = nullptr;
   const auto usable = [&](const Tensor& t) {
     blob = static_cast<const Packed*>(t.const_data_ptr());
     STD_TORCH_CHECK(t.is_contiguous() && t.numel() >= int64_t(sizeof(Packed)) && sealed(*blob) &&
-                        blob->bytes == t.numel() && blob->stored == values.numel() &&
-                        !std::memcmp(&blob->conv, &c, sizeof(Conv)),
+                        blob->bytes == t.numel() && blob->stored == values.size(0) * w.bo * w.bc &&
+                        !blob->starts_at == !int8 && !blob->kind.order && !std::memcmp(&blob->conv, &c, sizeof(Conv)),
                     "sparse_conv2d: packed is not the packed form of this weight");
     return blob->lanes == target.lanes && !(blob->tiling.flat && (last || !target.unpadded));
   };
@@ -483,14 +466,11 @@ Tensor sparse_conv2d_cpu(Tensor x, Tensor values, Tensor crow, Tensor col, Ints 
   if (bias) {
     STD_TORCH_CHECK(bias->numel() == c.O, "sparse_conv2d: bias has ", bias->numel(), " elements, expected ", c.O);
     bias = as_contiguous(*bias);
-    for (int32_t o = 0; o < c.O; o++) {
-      if (bias->scalar_type() == ScalarType::Float)
-        p.bias[o] = static_cast<const float*>(bias->const_data_ptr())[o];
-      else if (bias->scalar_type() == ScalarType::BFloat16)
-        p.bias[o] = static_cast<const bf16*>(bias->const_data_ptr())[o];
-      else
-        STD_TORCH_CHECK(false, "sparse_conv2d: bias must be fp32 or bf16");
-    }
+    const bool wide = bias->scalar_type() == ScalarType::Float;
+    STD_TORCH_CHECK(wide || bias->scalar_type() == ScalarType::BFloat16, "sparse_conv2d: bias must be fp32 or bf16");
+    const void* from = bias->const_data_ptr();
+    for (int32_t o = 0; o < c.O; o++)
+      p.bias[o] = wide ? static_cast<const float*>(from)[o] : static_cast<float>(static_cast<const bf16*>(from)[o]);
   }
   if (residual) {
     STD_TORCH_CHECK(residual->dim() == 4 && residual->scalar_type() == x.scalar_type(),
@@ -504,17 +484,19 @@ Tensor sparse_conv2d_cpu(Tensor x, Tensor values, Tensor crow, Tensor col, Ints 
     }
     p.residual = residual->const_data_ptr();
   }
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      SparseConv<float>(p).run();
-      break;
-    case ScalarType::BFloat16:
-      SparseConv<bf16>(p).run();
-      break;
-    default:
-      STD_TORCH_CHECK(false, "sparse_conv2d: x must be fp32 or bf16");
-  }
+  Dequantization dequantization;
+  if (int8) quantize(*int8, x, groups, p, dequantization);
+  run(p, x.scalar_type());
   return y;
+}
+
+namespace {
+
+Tensor sparse_conv2d_cpu(Tensor x, Tensor values, Tensor crow, Tensor col, Ints shape, Ints block,
+                         std::optional<Tensor> bias, std::optional<Tensor> residual, Ints stride, Ints padding,
+                         Ints dilation, int64_t groups, Activation activation, std::optional<Tensor> packed) {
+  return sparse_conv2d(x, values, crow, col, shape, block, bias, residual, stride, padding, dilation, groups,
+                       activation, packed, nullptr);
 }
 
 }  // namespace

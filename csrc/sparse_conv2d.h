@@ -22,6 +22,12 @@ struct Conv {
   int32_t rows() const { return O / groups; }      // output channels of a group
 };
 
+// What the rows of a packed weight are: output channels, or for the gradient of x its channels in each phase of the
+// stride, which depend on the padding. `order`: 0 forward, 1 gradient, phases inside channels, 2 gradient, outside.
+struct Kind {
+  int32_t order, sh, sw, top, left;
+};
+
 // How many pixels: a sub-tile is mh × mw, the registers hold nr × nc of its positions at a time.
 struct Tiling {
   int32_t mh, mw, nr, nc;
@@ -74,9 +80,11 @@ struct Packed {
   int32_t lanes, rows_at_once;  // 2: pairs
   int32_t channels_in_block, blocks, row_groups, live;
   int32_t reserved;
+  Kind kind;
   int64_t live_at, groups_at, row_of_at, blocks_at, segments_at, taps_at, values_at;
   int64_t sources_at;  // 0: `values` holds the values; else each call fetches them from where `sources` says
-  int64_t stored;      // values of the canonical weight
+  int64_t stored;      // values of the canonical weight, of an int8 one quads
+  int64_t starts_at;   // int8: what the accumulators of each output channel start at; 0: fp32
 
   template <class T>
   const T* at(int64_t offset) const {
@@ -89,6 +97,7 @@ struct Packed {
   const Segment* segments() const { return at<Segment>(segments_at); }
   const uint16_t* taps() const { return at<uint16_t>(taps_at); }  // eighths of the byte offset in the block's panel
   const float* values() const { return at<float>(values_at); }
+  const int32_t* starts() const { return at<int32_t>(starts_at); }    // [O], -128 · Σ of the weights
   const int32_t* sources() const { return at<int32_t>(sources_at); }  // index into the canonical values
   int64_t value_count() const { return (bytes - (sources_at ? sources_at : values_at)) / 4; }  // padding included
 };
@@ -116,6 +125,7 @@ struct GatherArgs {
   const int64_t* out_at;  // where the vector of each element goes; negative: nowhere
   const uint32_t* valid;  // lanes that are not zero: of each element, or the same of all
   int valid_step;         // 1 or 0
+  float pad = 0;          // what the other lanes hold
 };
 template <class T>
 struct ScatterArgs {

@@ -26,9 +26,9 @@ PYOPS_INLINE void transpose4(Vec& a, Vec& b, Vec& c, Vec& d) {
         v[j]->v[q + i] = t;
       }
 }
-// The lanes whose bit is set, zero elsewhere (also in place of a NaN).
-PYOPS_INLINE Vec keep(Vec a, uint32_t lanes) {
-  for (int i = 0; i < Vec::kLanes; i++) a.v[i] = lanes >> i & 1 ? a.v[i] : 0.0f;
+// The lanes whose bit is set, those of `pad` elsewhere.
+PYOPS_INLINE Vec keep(Vec a, uint32_t lanes, Vec pad) {
+  for (int i = 0; i < Vec::kLanes; i++) a.v[i] = lanes >> i & 1 ? a.v[i] : pad.v[i];
   return a;
 }
 // Keeps the compiler from loading or broadcasting again what is in a register.
@@ -60,10 +60,10 @@ PYOPS_INLINE void transpose4(Vec& a, Vec& b, Vec& c, Vec& d) {
   c.v = _mm256_castpd_ps(_mm256_unpacklo_pd(ab1, cd1));
   d.v = _mm256_castpd_ps(_mm256_unpackhi_pd(ab1, cd1));
 }
-PYOPS_INLINE Vec keep(Vec a, uint32_t lanes) {
+PYOPS_INLINE Vec keep(Vec a, uint32_t lanes, Vec pad) {
   const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(lanes)), bit);
-  return {_mm256_and_ps(a.v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, bit)))};
+  return {_mm256_blendv_ps(pad.v, a.v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, bit)))};
 }
 PYOPS_INLINE Vec pin(Vec a) {
   asm("" : "+x"(a.v));
@@ -99,7 +99,9 @@ PYOPS_INLINE void transpose4(Vec& a, Vec& b, Vec& c, Vec& d) {
   c.v = _mm512_castpd_ps(_mm512_unpacklo_pd(ab1, cd1));
   d.v = _mm512_castpd_ps(_mm512_unpackhi_pd(ab1, cd1));
 }
-PYOPS_INLINE Vec keep(Vec a, uint32_t lanes) { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(lanes), a.v)}; }
+PYOPS_INLINE Vec keep(Vec a, uint32_t lanes, Vec pad) {
+  return {_mm512_mask_mov_ps(pad.v, static_cast<__mmask16>(lanes), a.v)};
+}
 PYOPS_INLINE Vec pin(Vec a) {
   asm("" : "+v"(a.v));
   return a;

@@ -461,6 +461,7 @@ def sparse_conv2d_dx(
     padding: list[int],  # top, bottom, left, right
     dilation: list[int],
     groups: int,
+    packed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The op `pyops::sparse_conv2d_dx` on CUDA: the gradient of x, in grad's dtype and memory format."""
     dx = _empty(grad, tuple(x_shape))

@@ -168,6 +168,26 @@ def _sparse_conv2d_samples(requires_grad: bool) -> list[tuple]:
     return samples
 
 
+def _int8_sparse_conv2d_samples(requires_grad: bool) -> list[tuple]:
+    """Quads that end within a group and not, strided and dilated, with and without epilogue, dynamic and static."""
+    samples = []
+    for i, (C, groups) in enumerate(((8, 1), (6, 2), (10, 2))):
+        dtype = FLOATS[i]
+        weight, scale = ops.quantize_sparse(sparse_weight(10, C // groups, 3, 2, groups=groups))
+        x = randn(2, C, 7, 8, dtype=dtype)
+        x = x.contiguous(memory_format=torch.channels_last) if i % 2 else x
+        x.requires_grad_(requires_grad)
+        head = (x, weight.values, scale, weight.crow_indices, weight.col_indices, list(weight.shape))
+        window = ([1, 2], [1, 0, 2, 1], [2, 1], groups)
+        y = torch.ops.pyops.int8_sparse_conv2d(*head, None, None, *window).shape
+        bias = randn(10).requires_grad_(requires_grad)
+        residual = randn(*y, dtype=dtype).requires_grad_(requires_grad)
+        samples.append((*head, None, None, *window))
+        samples.append((*head, bias, residual, *window, ACTIVATION_NAMES[i + 1]))
+        samples.append((*head, bias, None, *window, "none", torch.tensor([0.01, 0.02])))
+    return samples
+
+
 def _sparse_conv2d_dx_samples(requires_grad: bool) -> list[tuple]:
     samples = []
     for x, values, *structure, _, _, stride, padding, dilation, groups in _sparse_conv2d_samples(requires_grad)[::2]:
@@ -200,6 +220,7 @@ def sparse_weight(
 OP_SAMPLES: dict[str, Callable[[bool], list[tuple]]] = {
     "adafactor_step": _adafactor_step_samples,
     "int8_linear": _int8_linear_samples,
+    "int8_sparse_conv2d": _int8_sparse_conv2d_samples,
     "optim_step": _optim_step_samples,
     "optim_sum_squares": _optim_sum_squares_samples,
     "sparse_conv2d": _sparse_conv2d_samples,

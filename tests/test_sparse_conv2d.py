@@ -17,7 +17,7 @@ from pyops import backend, ops
 from pyops.ops import SparseWeight
 from pyops.ops.epilogue import ACTIVATIONS
 from pyops.ops.sparse_checks import check_padding
-from pyops.ops.sparse_conv2d import output_size
+from pyops.ops.sparse_conv2d import output_size, sparse_conv2d_dw_ref, sparse_conv2d_dx_ref
 from pyops.ops.sparse_weight import PATTERNS
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -336,6 +336,54 @@ def test_gradients_of_the_backward_ops(name, threads):
         assert torch.autograd.gradcheck(lambda *ab, op=op, rest=sample[2:]: op(*ab, *rest), (a, b), fast_mode=True)
 
 
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+@EACH_ISA
+def test_any_backward_op(isa, data):
+    """dx and dw of any problem against the references in float64, dx with and without a packed form."""
+
+    def draw(label, *choices):
+        return data.draw(st.sampled_from(choices), label=label)
+
+    groups, Og, Cg = draw("groups", 1, 1, 2, 3), draw("O/groups", 1, 5, 16, 40), draw("C/groups", 1, 3, 8, 20)
+    kernel = [draw("kernel", 1, 1, 2, 3, 5) for _ in range(2)]
+    stride, dilation = ([draw(name, 1, 1, 2, 3) for _ in range(2)] for name in ("stride", "dilation"))
+    padding = [draw("padding", 0, 0, 1, 2, 5) for _ in range(4)]
+    N, H, W = draw("N", 0, 1, 2, 5), draw("H", 13, 14, 21), draw("W", 13, 16, 35)
+    dtype, form = draw("dtype", torch.float32, torch.bfloat16), draw("form", "contiguous", "channels_last")
+    options = {"pattern": draw("pattern", *PATTERNS), "keep": draw("kept", 0.0, 0.02, 0.3, 1.0), "groups": groups}
+    weight = sparse_weight(groups * Og, Cg, *kernel, dtype=draw("dtype of values", dtype, torch.float32), **options)
+    x = FORMATS[draw("form of x", *FORMATS)](randn(N, groups * Cg, H, W, dtype=dtype))
+    shape = output_size(x.shape, weight.shape, stride, padding, dilation)
+    grad = FORMATS[form](randn(*shape, dtype=dtype, seed=1))
+    structure = (weight.crow_indices, weight.col_indices, list(weight.shape), list(weight.block))
+    window, eps = (stride, padding, dilation, groups), torch.finfo(dtype).eps
+
+    def close(a, exact, magnitude, K):
+        assert (a.shape, a.stride()) == (exact.shape, exact.stride())
+        rounding = eps * exact.abs() if a.dtype == dtype else 0
+        bound = magnitude.max() if a.numel() else 0
+        assert ((a.double() - exact).abs() <= rounding + torch.finfo(torch.float32).eps * math.sqrt(K) * bound).all()
+
+    exact, magnitude = (
+        sparse_conv2d_dx_ref(f(grad.double()), f(weight.values.double()), *structure, x.shape, *window)
+        for f in (lambda t: t, torch.abs)
+    )
+    packed = [None]
+    if backend.native is not None:
+        arguments = (weight.values, *structure, *window, x.shape, form == "channels_last")
+        packed.append(torch.ops.pyops.sparse_conv2d_pack_dx(*arguments))
+    for p in packed:
+        dx = torch.ops.pyops.sparse_conv2d_dx(grad, weight.values, *structure, x.shape, *window, p)
+        close(dx, exact, magnitude, Og * math.prod(kernel))
+    exact, magnitude = (
+        sparse_conv2d_dw_ref(f(grad.double()), f(x.double()), *structure, *window) for f in (lambda t: t, torch.abs)
+    )
+    dw = torch.ops.pyops.sparse_conv2d_dw(grad, x, *structure, *window)
+    assert dw.dtype == torch.float32
+    close(dw, exact, magnitude, max(1, N * shape[2] * shape[3]))
+
+
 def test_only_what_needs_it_gets_a_gradient():
     weight, x = sparse_weight(5, 3, 3, 3), randn(2, 3, 6, 6)
     assert not ops.sparse_conv2d(x, weight).requires_grad
@@ -388,12 +436,17 @@ def test_compiled_with_a_dynamic_batch(fresh_compiler):
 @pytest.mark.parametrize("pattern", PATTERNS)
 @EACH_ISA
 def test_threads_and_repeats_give_the_same_bits(isa, threads, pattern):
-    weight, x = sparse_weight(64, 32, 3, 3, pattern=pattern, keep=0.2), randn(3, 32, 14, 14)
-    threads(1)
-    first = ops.sparse_conv2d(x, weight, padding=1)
-    for n in (1, 2, 2, 3):
-        threads(n)
-        assert torch.equal(ops.sparse_conv2d(x, weight, padding=1), first)
+    """Of the result and of its gradients."""
+    weight, x = sparse_weight(64, 32, 3, 3, pattern=pattern, keep=0.2), randn(3, 32, 14, 14).requires_grad_()
+    weight.values.requires_grad_()
+    for stride in (1, 2):
+        first = None
+        for n in (1, 1, 2, 2, 3):
+            threads(n)
+            y = ops.sparse_conv2d(x, weight, padding=1, stride=stride)
+            results = (y, *torch.autograd.grad(y, (x, weight.values), torch.ones_like(y)))
+            first = first or results
+            assert all(torch.equal(a, b) for a, b in zip(results, first, strict=True))
 
 
 @cases.needs_native
@@ -419,6 +472,27 @@ def test_packed_weight_is_kept_and_renewed(change):
     assert (held is None) == (change == "inference tensors")
     if change == "grad mode":  # the structure alone, which no step changes
         assert not any(t.data_ptr() == weight.values.data_ptr() for t in held[2])
+
+
+@cases.needs_native
+def test_packed_form_for_dx_outlives_a_step():
+    weight, x = sparse_weight(16, 8, 3, 3), randn(2, 8, 9, 9).requires_grad_()
+    weight.values.requires_grad_()
+    ops.sparse_conv2d(x.detach(), weight).sum().backward()
+    assert weight.packed._dx is None, "nobody asks for the gradient of x"
+    held, gradients = None, []
+    for _ in range(2):
+        x.grad = None
+        ops.sparse_conv2d(x, weight, activation="silu").sum().backward()
+        assert held is None or weight.packed._dx is held
+        held = weight.packed._dx
+        gradients.append(x.grad)
+        weight.values.data.mul_(2)
+    dense = weight.to_dense().detach() / 2
+    again = x.detach().clone().requires_grad_()
+    F.silu(F.conv2d(again, dense)).sum().backward()
+    torch.testing.assert_close(gradients[1], again.grad)
+    assert not torch.equal(*gradients)
 
 
 @cases.needs_native
@@ -507,3 +581,8 @@ def test_malformed_structure_never_reaches_a_kernel():
     ):
         with pytest.raises((RuntimeError, ValueError, IndexError)):
             torch.ops.pyops.sparse_conv2d(x, weight.values, crow, col, weight.shape, weight.block)
+        structure, window = (crow, col, weight.shape, weight.block), ((1, 1), (0,) * 4, (1, 1), 1)
+        with pytest.raises((RuntimeError, ValueError, IndexError)):
+            torch.ops.pyops.sparse_conv2d_dx(randn(2, 5, 4, 4), weight.values, *structure, x.shape, *window)
+        with pytest.raises((RuntimeError, ValueError, IndexError)):
+            torch.ops.pyops.sparse_conv2d_dw(randn(2, 5, 4, 4), x, *structure, *window)

@@ -163,7 +163,7 @@ class Int8Linear(nn.Module):
         weight, scale = self._buffers.pop("_weight"), self._buffers.pop("weight_scale")
         try:
             super()._apply(fn, recurse)
-            weight, scale = _moved(weight, fn), _moved(scale.view(torch.int32), fn).view(torch.float32)
+            weight, scale = moved(weight, fn), moved(scale.view(torch.int32), fn).view(torch.float32)
         finally:
             self._hold(weight, scale)
         return self
@@ -250,7 +250,7 @@ class Int8Linear(nn.Module):
                 stored.copy_(pack_int8(weight.to(stored.device)))
 
 
-def _moved(t: torch.Tensor, fn: Any) -> torch.Tensor:
+def moved(t: torch.Tensor, fn: Any) -> torch.Tensor:
     """fn(t), which `module.type(dtype)` alone may have given another dtype."""
     moved = fn(t)
     return moved if moved.dtype == t.dtype else t.to(moved.device)

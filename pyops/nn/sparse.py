@@ -221,8 +221,7 @@ class SparseLayer(nn.Module):
             args = (strict, missing_keys, unexpected_keys, error_msgs)
             for hook in hooks.values():
                 hook(state_dict, prefix, local_metadata, *args)
-            shapes = (self.dense_shape, self.weight_shape)
-            found = read(state_dict, prefix, *shapes, self.groups, self.pattern, self.bias is not None)
+            found = self._read(state_dict, prefix)
             if found.problems:
                 error_msgs += found.problems
             else:
@@ -237,6 +236,10 @@ class SparseLayer(nn.Module):
                 unexpected_keys += [key for key in foreign if key not in known]
         finally:
             self._load_state_dict_pre_hooks = hooks
+
+    def _read(self, state_dict: dict[str, Any], prefix: str) -> Found:
+        shapes = (self.dense_shape, self.weight_shape)
+        return read(state_dict, prefix, *shapes, self.groups, self.pattern, self.bias is not None)
 
     def _load(
         self, found: Found, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], errors: list[str]

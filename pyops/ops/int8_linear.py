@@ -308,10 +308,17 @@ def check_args(x, w_q, w_scale, bias, residual, activation, x_scale) -> None:
         if residual.dtype != x.dtype:
             raise TypeError(f"residual has dtype {residual.dtype}, x {x.dtype}; they must agree")
     check_activation(activation)
-    if x_scale is not None and x_scale.numel() not in (1, math.prod(x.shape[:-1])):
-        raise ValueError(f"x_scale has {x_scale.numel()} elements; expected 1 or {math.prod(x.shape[:-1])}, one a row")
+    if x_scale is not None:
+        check_x_scale(x_scale, math.prod(x.shape[:-1]), "row")
+
+
+def check_x_scale(x_scale: torch.Tensor, count: int, each: str) -> None:
+    """Raise ValueError unless a static scale has one element, or `count`, that a scale can be."""
+    if x_scale.numel() not in (1, count):
+        raise ValueError(f"x_scale has {x_scale.numel()} elements; expected 1 or {count}, one for each {each}")
     # Not on other devices, where looking would wait for them.
-    if x_scale is not None and x_scale.device.type == "cpu" and has_values(x_scale):
-        bad = ~(x_scale.isfinite() & (x_scale >= SMALLEST_AMAX))
-        if bool(bad.any()):
+    if x_scale.device.type == "cpu" and x_scale.numel() and has_values(x_scale):
+        low, high = (float(bound) for bound in x_scale.aminmax())  # both NaN if one is
+        if not (low >= SMALLEST_AMAX and high < math.inf):
+            bad = ~(x_scale.isfinite() & (x_scale >= SMALLEST_AMAX))
             raise ValueError(f"x_scale is {x_scale[bad][0].item()}; it must be finite and at least 2**-119")

@@ -40,7 +40,7 @@ SCHEMA = (
     f"sparse_conv2d(Tensor x, {_WEIGHT}, Tensor? bias=None, Tensor? residual=None, int[] stride=[1,1], "
     'int[] padding=[0,0,0,0], int[] dilation=[1,1], int groups=1, str activation="none", Tensor? packed=None) -> Tensor'
 )
-SCHEMA_DX = f"sparse_conv2d_dx(Tensor grad, {_WEIGHT}, SymInt[] x_shape, {_WINDOW}) -> Tensor"
+SCHEMA_DX = f"sparse_conv2d_dx(Tensor grad, {_WEIGHT}, SymInt[] x_shape, {_WINDOW}, Tensor? packed=None) -> Tensor"
 SCHEMA_DW = (
     "sparse_conv2d_dw(Tensor grad, Tensor x, Tensor crow_indices, Tensor col_indices, int[] weight_shape, int[] block, "
     f"{_WINDOW}) -> Tensor"
@@ -49,6 +49,7 @@ SCHEMA_PACK = (
     f"sparse_conv2d_pack({_WEIGHT}, {_WINDOW}, SymInt[] x_shape, bool channels_last, bool with_values=True, "
     "int[] tiling=[]) -> Tensor"
 )
+SCHEMA_PACK_DX = f"sparse_conv2d_pack_dx({_WEIGHT}, {_WINDOW}, SymInt[] x_shape, bool channels_last) -> Tensor"
 
 
 # ---------------------------------------------------------------------------------------------------------- reference
@@ -94,6 +95,7 @@ def sparse_conv2d_dx_ref(
     padding: Ints,
     dilation: Ints,
     groups: int,
+    packed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The gradient of x [N, C, H, W], of grad's dtype and memory format."""
     wide = _wide(grad, values)
@@ -210,8 +212,21 @@ def _fake(
     return y
 
 
-def _fake_dx(grad, values, crow_indices, col_indices, weight_shape, block, x_shape, stride, padding, dilation, groups):
-    _check_fake((grad, values), crow_indices, col_indices, weight_shape, block, groups)
+def _fake_dx(
+    grad,
+    values,
+    crow_indices,
+    col_indices,
+    weight_shape,
+    block,
+    x_shape,
+    stride,
+    padding,
+    dilation,
+    groups,
+    packed=None,
+):
+    _check_fake((grad, values, packed), crow_indices, col_indices, weight_shape, block, groups)
     _check_fake_values(values, col_indices, block)
     _check_fake_x(x_shape, weight_shape, groups)
     return _empty_like_format(grad, x_shape)
@@ -223,30 +238,37 @@ def _fake_dw(grad, x, crow_indices, col_indices, weight_shape, block, stride, pa
     return grad.new_empty((col_indices.shape[0], *block), dtype=_wide(grad, x))
 
 
-def _setup_context(ctx, inputs, output):
-    x, values, crow, col, shape, block, bias, residual, stride, padding, dilation, groups, ctx.activation, _ = inputs
+def _setup_context(ctx, inputs, output, needs=None):
+    x, values, crow, col, shape, block, bias, residual, stride, padding, dilation, groups, ctx.activation, packed = (
+        inputs
+    )
     ctx.weight = (shape, block)
     ctx.window = (stride, padding, dilation, groups)
     ctx.x_shape = x.shape
     ctx.bias_dtype = None if bias is None else bias.dtype
     curved = ctx.activation != "none"
-    needs = (*ctx.needs_input_grad, False, False)  # the dispatcher leaves trailing defaults out
+    ctx.packed = packed if curved else None
+    ctx.packed_dx = None
+    needs = needs or (*ctx.needs_input_grad, False, False)  # the dispatcher leaves trailing defaults out
     saved = (x if curved or needs[1] else None, bias if curved else None, residual if curved else None)
     ctx.save_for_backward(values, crow, col, *saved)
 
 
 def _backward(ctx, grad):
+    return _gradients(ctx, grad, (*ctx.needs_input_grad, *[False] * 14))
+
+
+def _gradients(ctx, grad, needs):
     values, crow, col, x, bias, residual = ctx.saved_tensors
-    needs = (*ctx.needs_input_grad, *[False] * 14)
     shape, block = ctx.weight
     z = grad
     if ctx.activation != "none":
-        z = _op(x, values, crow, col, shape, block, bias, residual, *ctx.window, "none", None)
+        z = _op(x, values, crow, col, shape, block, bias, residual, *ctx.window, "none", ctx.packed)
     dz = activation_backward(grad, z, ctx.activation)  # fp32 or fp64
     g = dz.to(grad.dtype)
     dx = dvalues = dbias = None
     if needs[0]:
-        dx = _op_dx(g, values, crow, col, shape, block, ctx.x_shape, *ctx.window)
+        dx = _op_dx(g, values, crow, col, shape, block, ctx.x_shape, *ctx.window, ctx.packed_dx)
     if needs[1]:
         dvalues = _op_dw(g, x, crow, col, shape, block, *ctx.window).to(values.dtype)
     if needs[6]:
@@ -255,7 +277,7 @@ def _backward(ctx, grad):
 
 
 def _setup_context_dx(ctx, inputs, output):
-    grad, values, crow, col, shape, block, _, stride, padding, dilation, groups = inputs
+    grad, values, crow, col, shape, block, _, stride, padding, dilation, groups, _ = inputs
     ctx.weight, ctx.window = (shape, block), (stride, padding, dilation, groups)
     ctx.save_for_backward(grad, values, crow, col)
 
@@ -269,7 +291,7 @@ def _backward_dx(ctx, v):
         dgrad = _op(v, values, crow, col, *ctx.weight, None, None, *ctx.window, "none", None)
     if ctx.needs_input_grad[1]:
         dvalues = _op_dw(grad, v, crow, col, *ctx.weight, *ctx.window).to(values.dtype)
-    return dgrad, dvalues, *[None] * 9
+    return dgrad, dvalues, *[None] * 10
 
 
 def _setup_context_dw(ctx, inputs, output):
@@ -285,7 +307,7 @@ def _backward_dw(ctx, v):
     if ctx.needs_input_grad[0]:
         dgrad = _op(x, v, crow, col, *ctx.weight, None, None, *ctx.window, "none", None).to(grad.dtype)
     if ctx.needs_input_grad[1]:
-        dx = _op_dx(grad, v, crow, col, *ctx.weight, x.shape, *ctx.window).to(x.dtype)
+        dx = _op_dx(grad, v, crow, col, *ctx.weight, x.shape, *ctx.window, None).to(x.dtype)
     return dgrad, dx, *[None] * 8
 
 
@@ -305,6 +327,7 @@ _op_dx = register(
     backward=_backward_dx,
     setup_context=_setup_context_dx,
     triton=True,
+    native=True,
     file="sparse_conv2d",
 )
 _op_dw = register(
@@ -313,6 +336,7 @@ _op_dw = register(
     _fake_dw,
     backward=_backward_dw,
     setup_context=_setup_context_dw,
+    native=True,
     file="sparse_conv2d",
 )
 
@@ -322,8 +346,9 @@ def _fake_pack(values, *rest):
 
 
 # No reference: only the CPU kernels have a packed form, and only `PackedCache` asks for it.
-library.define(SCHEMA_PACK)
-torch.library.register_fake("pyops::sparse_conv2d_pack", _fake_pack, lib=library)
+for _schema in (SCHEMA_PACK, SCHEMA_PACK_DX):
+    library.define(_schema)
+    torch.library.register_fake(f"pyops::{_schema.split('(', 1)[0]}", _fake_pack, lib=library)
 
 
 # ----------------------------------------------------------------------------------------------------- public functions
@@ -446,27 +471,48 @@ def with_packed(
     activation,
 ) -> torch.Tensor:
     """The op on arguments that are known to be right, with the packed form of the weight that `cache` keeps."""
-    packed = cache.get(x, values, crow, col, shape, block, stride, padding, dilation, groups)
+    weight = (values, crow, col, shape, block)
+    packed = cache.get(x, *weight, stride, padding, dilation, groups)
+    packed_dx = cache.get_dx(x, *weight, stride, padding, dilation, groups)
     if block_mask is not None and values.requires_grad and torch.is_grad_enabled():
         values = values * block_mask  # so that fill-in has no gradient
     window = (stride, padding, dilation, groups)
-    return dispatch(x, values, crow, col, shape, block, bias, residual, *window, activation, packed)
+    return dispatch(x, values, crow, col, shape, block, bias, residual, *window, activation, packed, packed_dx)
 
 
 class _Function(torch.autograd.Function):
-    """The formula registered with the op, without the dispatcher's way to it."""
+    """The formula registered with the op, without the dispatcher's way to it, and with the packed form for dx."""
 
     @staticmethod
-    def forward(ctx, *args):
+    def forward(ctx, packed_dx, *args):
         with torch._C._AutoDispatchBelowAutograd():
             y = _op(*args)
-        _setup_context(ctx, args, y)
+        _setup_context(ctx, args, y, ctx.needs_input_grad[1:])
+        ctx.packed_dx = packed_dx
         return y
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx, grad):
+        return None, *_gradients(ctx, grad, ctx.needs_input_grad[1:])
 
 
-def dispatch(x, values, crow, col, shape, block, bias, residual, stride, padding, dilation, groups, activation, packed):
+def dispatch(
+    x,
+    values,
+    crow,
+    col,
+    shape,
+    block,
+    bias,
+    residual,
+    stride,
+    padding,
+    dilation,
+    groups,
+    activation,
+    packed,
+    packed_dx=None,
+):
     """The op, for arguments that are known to be right, past the dispatcher's autograd layer where that is possible."""
     args = (x, values, crow, col, shape, block, bias, residual, stride, padding, dilation, groups, activation, packed)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -477,6 +523,6 @@ def dispatch(x, values, crow, col, shape, block, bias, residual, stride, padding
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return _Function.apply(*args)
+        return _Function.apply(packed_dx, *args)
     with torch._C._AutoDispatchBelowAutograd():
         return _op(*args)

@@ -5,15 +5,25 @@ from __future__ import annotations
 import torch
 
 from pyops.ops.registry import library
-from pyops.ops.sparse_conv2d import sparse_conv2d_ref
-from pyops.ops.sparse_packed import PACKED_DTYPES
+from pyops.ops.sparse_conv2d import sparse_conv2d_dw_ref, sparse_conv2d_dx_ref, sparse_conv2d_ref
+from pyops.ops.sparse_packed import PACKED_DTYPES, has_native_dx
 
 library.define(
     "sparse_conv2d_native(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, int[] weight_shape, "
     "int[] block, Tensor? bias, Tensor? residual, int[] stride, int[] padding, int[] dilation, int groups, "
     "str activation, Tensor? packed) -> Tensor"
 )
+library.define(
+    "sparse_conv2d_dx_native(Tensor grad, Tensor values, Tensor crow_indices, Tensor col_indices, int[] weight_shape, "
+    "int[] block, int[] x_shape, int[] stride, int[] padding, int[] dilation, int groups, Tensor? packed) -> Tensor"
+)
+library.define(
+    "sparse_conv2d_dw_native(Tensor grad, Tensor x, Tensor crow_indices, Tensor col_indices, int[] weight_shape, "
+    "int[] block, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor"
+)
 _native = torch.ops.pyops.sparse_conv2d_native.default
+_native_dx = torch.ops.pyops.sparse_conv2d_dx_native.default
+_native_dw = torch.ops.pyops.sparse_conv2d_dw_native.default
 
 
 def sparse_conv2d(
@@ -37,3 +47,34 @@ def sparse_conv2d(
     if all(t is None or t.dtype in PACKED_DTYPES for t in (x, values, bias)):
         return _native(*args, groups, activation, packed)
     return sparse_conv2d_ref(*args, groups, activation)
+
+
+def sparse_conv2d_dx(
+    grad,
+    values,
+    crow_indices,
+    col_indices,
+    weight_shape,
+    block,
+    x_shape,
+    stride,
+    padding,
+    dilation,
+    groups,
+    packed=None,
+) -> torch.Tensor:
+    """`sparse_conv2d_dx` on CPU tensors."""
+    args = (grad, values, crow_indices, col_indices, weight_shape, block, x_shape, stride, padding, dilation, groups)
+    if grad.dtype in PACKED_DTYPES and values.dtype in PACKED_DTYPES and has_native_dx(weight_shape, stride, dilation):
+        return _native_dx(*args, packed)
+    return sparse_conv2d_dx_ref(*args)
+
+
+def sparse_conv2d_dw(
+    grad, x, crow_indices, col_indices, weight_shape, block, stride, padding, dilation, groups
+) -> torch.Tensor:
+    """`sparse_conv2d_dw` on CPU tensors."""
+    args = (grad, x, crow_indices, col_indices, weight_shape, block, stride, padding, dilation, groups)
+    if grad.dtype in PACKED_DTYPES and x.dtype == grad.dtype:
+        return _native_dw(*args)
+    return sparse_conv2d_dw_ref(*args)

@@ -4,7 +4,8 @@ A block is `bo` output channels × `bc` input channels × one tap (r, s). Block 
 never straddle groups: with OBg = ⌈(O/groups)/bo⌉, row b belongs to group b // OBg and starts at its output channel
 (b % OBg) · bo. Blocks of a row are sorted by col = (cb · R + r) · S + s, where cb · bc is the first input channel.
 
-    values        float [B, bo, bc]   B kept blocks; what lies beyond the last channel (padding) is 0
+    values        float [B, bo, bc]   B kept blocks; what lies beyond the last channel (padding) is 0. Quantized
+                                      (`quantize_sparse`), int8 [B, 1, 4]
     crow_indices  int32 [OB + 1]      row b holds the blocks crow[b] … crow[b+1] - 1; OB = groups · OBg
     col_indices   int32 [B]           strictly increasing within a row, below CB · R · S with CB = ⌈Cg/bc⌉
     block_mask    bool  [B, bo, bc]   the positions that are kept; None if a block keeps all that exist. The others hold
@@ -248,9 +249,11 @@ class SparseWeight:
     def validate(self) -> None:
         """Raise ValueError or TypeError, naming the field, if this is no sparse weight."""
         values, mask = self.values, self.block_mask
-        if not isinstance(values, torch.Tensor) or not values.is_floating_point():
+        quantized = getattr(values, "dtype", None) == torch.int8 and self.block == (1, 4)
+        if not isinstance(values, torch.Tensor) or not (values.is_floating_point() or quantized):
             raise TypeError(
-                f"values must be a floating-point tensor, got {getattr(values, 'dtype', type(values).__name__)}"
+                "values must be a floating-point tensor, or int8 in blocks of (1, 4), got "
+                f"{getattr(values, 'dtype', type(values).__name__)}"
             )
         check_pattern(self.pattern)
         check_structure(values.shape, self.crow_indices, self.col_indices, self.shape, self.block, self.groups)
