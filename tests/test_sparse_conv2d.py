@@ -433,6 +433,7 @@ def test_compiled_with_a_dynamic_batch(fresh_compiler):
 # ------------------------------------------------------------------------------------------- determinism and packing
 
 
+@cases.needs_native  # the reference is as deterministic as torch's convolution, which is not over numbers of threads
 @pytest.mark.parametrize("pattern", PATTERNS)
 @EACH_ISA
 def test_threads_and_repeats_give_the_same_bits(isa, threads, pattern):
