@@ -53,7 +53,7 @@ int64_t lane_groups(const Target& target, const Tiling& t) {
   return up(subtiles, target.lanes);
 }
 
-// Cycles of one call, from what was measured on a Golden Cove core (docs/sparse_conv2d.md).
+// Cycles of one call: a model whose constants were fitted to forced tilings on one AVX-512 core.
 Plan judge(const Weight& w, const Target& target, const Tiling& t, int32_t at_once, int32_t live, double taps) {
   constexpr double kL1 = 36 << 10, kRoom = 1600 << 10;
   const Conv& c = w.conv;

@@ -22,7 +22,7 @@ import triton.language as tl
 from triton import knobs
 
 from ..ops.epilogue import epilogue_ref
-from ..ops.sparse_conv2d import output_size
+from ..ops.sparse_conv2d import empty_image, output_size
 from ..ops.sparse_packed import is_channels_last
 from ..ops.sparse_weight import block_columns, block_rows, scatter_blocks
 from .epilogue import epilogue
@@ -387,12 +387,6 @@ def _transpose(
     return values.transpose(1, 2).index_select(0, order), crow, col
 
 
-def _empty(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Of x's dtype, device and memory format."""
-    form = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
-
-
 def _dense_weight(
     x: torch.Tensor,
     values: torch.Tensor,
@@ -429,7 +423,7 @@ def sparse_conv2d(
     Products are of x's dtype: values are rounded to it, as plain PyTorch's weights are. The first call with new sizes
     tunes and synchronizes; later ones only launch, so they can be captured in a CUDA graph.
     """
-    y = _empty(x, output_size(x.shape, weight_shape, stride, padding, dilation))
+    y = empty_image(x, output_size(x.shape, weight_shape, stride, padding, dilation))
     if y.numel() == 0:
         return y
     if _select(x, values, weight_shape, y.numel() // y.shape[1]) == "triton":
@@ -464,7 +458,7 @@ def sparse_conv2d_dx(
     packed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The op `pyops::sparse_conv2d_dx` on CUDA: the gradient of x, in grad's dtype and memory format."""
-    dx = _empty(grad, tuple(x_shape))
+    dx = empty_image(grad, tuple(x_shape))
     if dx.numel() == 0:
         return dx
     if _select(grad, values, weight_shape, dx.numel() // dx.shape[1]) == "triton":

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import nn
 
 from pyops.nn.effective import effective, trainable
-from pyops.nn.state import check_entry, foreign_keys, own_keys
+from pyops.nn.state import check_entry, foreign_keys, load_hooks_run, own_keys
 from pyops.ops.epilogue import check_activation
 from pyops.ops.int8_linear import (
     FLOAT_DTYPES,
@@ -199,12 +198,8 @@ class Int8Linear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # Hooks may rename keys, so they run before the keys are checked; and once, so not again below.
-        hooks, self._load_state_dict_pre_hooks = self._load_state_dict_pre_hooks, OrderedDict()
-        try:
-            args = (strict, missing_keys, unexpected_keys, error_msgs)
-            for hook in hooks.values():
-                hook(state_dict, prefix, local_metadata, *args)
+        args = (strict, missing_keys, unexpected_keys, error_msgs)
+        with load_hooks_run(self, state_dict, prefix, local_metadata, *args):
             problems = self._problems(state_dict, prefix)
             if problems:
                 error_msgs += problems
@@ -213,8 +208,6 @@ class Int8Linear(nn.Module):
             if strict:  # torch passes True here and settles strictness later
                 missing_keys += [key for key in own_keys(self, prefix) if key not in state_dict]
                 unexpected_keys += foreign_keys(self, state_dict, prefix)
-        finally:
-            self._load_state_dict_pre_hooks = hooks
 
     def _problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
         """Everything that is wrong with the entries that there are; if anything is, none of them is loaded."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import nn
 from pyops.nn.effective import effective, trainable
 from pyops.nn.masks import find_mask
 from pyops.nn.sparse_state import Found, pattern_of, read
-from pyops.nn.state import foreign_keys, own_keys
+from pyops.nn.state import foreign_keys, load_hooks_run, own_keys
 from pyops.ops.epilogue import check_activation
 from pyops.ops.sparse_checks import FLOAT_DTYPES
 from pyops.ops.sparse_conv2d import with_packed
@@ -215,12 +214,8 @@ class SparseLayer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # Hooks may rename keys, so they run before the keys are checked; and once, so not again below.
-        hooks, self._load_state_dict_pre_hooks = self._load_state_dict_pre_hooks, OrderedDict()
-        try:
-            args = (strict, missing_keys, unexpected_keys, error_msgs)
-            for hook in hooks.values():
-                hook(state_dict, prefix, local_metadata, *args)
+        args = (strict, missing_keys, unexpected_keys, error_msgs)
+        with load_hooks_run(self, state_dict, prefix, local_metadata, *args):
             found = self._read(state_dict, prefix)
             if found.problems:
                 error_msgs += found.problems
@@ -234,8 +229,6 @@ class SparseLayer(nn.Module):
                 known = {prefix + name for name in found.used}
                 foreign = foreign_keys(self, state_dict, prefix, also=())
                 unexpected_keys += [key for key in foreign if key not in known]
-        finally:
-            self._load_state_dict_pre_hooks = hooks
 
     def _read(self, state_dict: dict[str, Any], prefix: str) -> Found:
         shapes = (self.dense_shape, self.weight_shape)

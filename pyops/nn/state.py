@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,6 +27,21 @@ def check_entry(key: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype
     if dtype is torch.float32 and _has_values(value) and not bool(value.isfinite().all()):
         return f"{key} holds NaN or Inf."
     return None
+
+
+@contextlib.contextmanager
+def load_hooks_run(module: nn.Module, *args: Any) -> Iterator[None]:
+    """Run the hooks before loading now, as they may rename keys that are to be checked; and once, so not again inside.
+
+    `args` are those of `_load_from_state_dict`.
+    """
+    hooks, module._load_state_dict_pre_hooks = module._load_state_dict_pre_hooks, OrderedDict()
+    try:
+        for hook in hooks.values():
+            hook(*args)
+        yield
+    finally:
+        module._load_state_dict_pre_hooks = hooks
 
 
 def own_keys(module: nn.Module, prefix: str, also: Iterable[str] = ("weight",)) -> list[str]:

@@ -36,9 +36,7 @@ from pyops.ops.epilogue import activation_backward, epilogue_ref
 from pyops.ops.int8_linear import FLOAT_DTYPES, MAX_K, QMAX, check_x_scale, quantize_int8, quantize_rows_ref
 from pyops.ops.registry import register
 from pyops.ops.sparse_checks import check_args, check_padding, check_pair
-from pyops.ops.sparse_conv2d import _empty_y as empty_y
-from pyops.ops.sparse_conv2d import _fake as fake_conv2d
-from pyops.ops.sparse_conv2d import _padded as padded
+from pyops.ops.sparse_conv2d import empty_y, fake_conv2d, padded
 from pyops.ops.sparse_packed import PackedCache
 from pyops.ops.sparse_weight import PATTERNS, Ints, SparseWeight, gather_blocks, scatter_blocks
 

@@ -74,9 +74,9 @@ def sparse_conv2d_ref(
     """The equation in plain PyTorch, on any device; arguments as the op's, unchecked."""
     wide = _wide(x, values)
     w = scatter_blocks(values.to(wide), crow_indices, col_indices, weight_shape, block, groups)
-    y = _empty_y(x, weight_shape, stride, padding, dilation)
+    y = empty_y(x, weight_shape, stride, padding, dilation)
     if y.numel() and w.numel():
-        acc = F.conv2d(_padded(x.to(wide), padding), w, None, stride, 0, dilation, groups)
+        acc = F.conv2d(padded(x.to(wide), padding), w, None, stride, 0, dilation, groups)
     else:
         acc = torch.zeros_like(y, dtype=wide)  # torch's convolution refuses to sum nothing
     b = None if bias is None else bias.view(-1, 1, 1)
@@ -100,7 +100,7 @@ def sparse_conv2d_dx_ref(
     """The gradient of x [N, C, H, W], of grad's dtype and memory format."""
     wide = _wide(grad, values)
     w = scatter_blocks(values.to(wide), crow_indices, col_indices, weight_shape, block, groups)
-    dx = _empty_like_format(grad, x_shape)
+    dx = empty_image(grad, x_shape)
     if not (dx.numel() and grad.numel() and w.numel()):
         return dx.zero_()
     N, C, H, W = x_shape
@@ -126,7 +126,7 @@ def sparse_conv2d_dw_ref(
     wide = _wide(grad, x)
     if not (grad.numel() and x.numel() and col_indices.numel()):
         return grad.new_zeros((col_indices.shape[0], *block), dtype=wide)
-    x = _padded(x.to(wide), padding)
+    x = padded(x.to(wide), padding)
     dense = torch.nn.grad.conv2d_weight(x, list(weight_shape), grad.to(wide), stride, 0, dilation, groups)
     return gather_blocks(dense, crow_indices, col_indices, block, groups)
 
@@ -146,18 +146,21 @@ def _wide(a: torch.Tensor, b: torch.Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
 
 
-def _padded(x: torch.Tensor, padding: Ints) -> torch.Tensor:
+def padded(x: torch.Tensor, padding: Ints) -> torch.Tensor:
+    """x with zeros around its images."""
     top, bottom, left, right = padding
     return F.pad(x, (left, right, top, bottom)) if any(padding) else x
 
 
-def _empty_like_format(x: torch.Tensor, shape: Ints) -> torch.Tensor:
+def empty_image(x: torch.Tensor, shape: Ints) -> torch.Tensor:
+    """Uninitialized, of x's dtype, device and memory format."""
     form = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     return torch.empty(tuple(shape), dtype=x.dtype, device=x.device, memory_format=form)
 
 
-def _empty_y(x, weight_shape, stride, padding, dilation) -> torch.Tensor:
-    return _empty_like_format(x, output_size(x.shape, weight_shape, stride, padding, dilation))
+def empty_y(x, weight_shape, stride, padding, dilation) -> torch.Tensor:
+    """y, uninitialized."""
+    return empty_image(x, output_size(x.shape, weight_shape, stride, padding, dilation))
 
 
 # --------------------------------------------------------------------------------------------------- fake and autograd
@@ -185,7 +188,7 @@ def _check_fake_x(x_shape, weight_shape, groups) -> None:
     torch._check(x_shape[1] == C, lambda: f"x has {x_shape[1]} channels, the weight is for {C}")
 
 
-def _fake(
+def fake_conv2d(
     x,
     values,
     crow_indices,
@@ -201,10 +204,11 @@ def _fake(
     activation="none",
     packed=None,
 ):
+    """The fake kernel of `sparse_conv2d`."""
     _check_fake((x, values, bias, residual, packed), crow_indices, col_indices, weight_shape, block, groups)
     _check_fake_values(values, col_indices, block)
     _check_fake_x(x.shape, weight_shape, groups)
-    y = _empty_y(x, weight_shape, stride, padding, dilation)
+    y = empty_y(x, weight_shape, stride, padding, dilation)
     torch._check(bias is None or bias.shape[0] == weight_shape[0], lambda: f"bias must be [{weight_shape[0]}]")
     if residual is not None:
         for a, b in zip(residual.shape, y.shape, strict=True):
@@ -229,7 +233,7 @@ def _fake_dx(
     _check_fake((grad, values, packed), crow_indices, col_indices, weight_shape, block, groups)
     _check_fake_values(values, col_indices, block)
     _check_fake_x(x_shape, weight_shape, groups)
-    return _empty_like_format(grad, x_shape)
+    return empty_image(grad, x_shape)
 
 
 def _fake_dw(grad, x, crow_indices, col_indices, weight_shape, block, stride, padding, dilation, groups):
@@ -314,7 +318,7 @@ def _backward_dw(ctx, v):
 _op = register(
     SCHEMA,
     sparse_conv2d_ref,
-    _fake,
+    fake_conv2d,
     backward=_backward,
     setup_context=_setup_context,
     triton=True,
