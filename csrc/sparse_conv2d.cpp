@@ -14,8 +14,6 @@
 namespace pyops::sparse {
 namespace {
 
-constexpr int64_t kWaveBytes = 3 << 19;  // panels of a wave, for each thread: most of a 2 MiB L2
-
 // From images of X, floats or quads, to images of T.
 template <class T, class X = T>
 class SparseConv {
@@ -81,8 +79,9 @@ class SparseConv {
 
   // Too few lane groups for the threads: all share in packing some of them, then in computing them.
   void together(int64_t bytes) {
+    const int64_t threads = torch::stable::get_num_threads();
     thread_local Scratch scratch;
-    const int64_t wave = std::clamp<int64_t>(kWaveBytes / std::max<int64_t>(bytes, 1), 1, groups);
+    const int64_t wave = std::min(groups, std::max<int64_t>(1, kPanelsBytes / std::max<int64_t>(bytes, 1)) * threads);
     float* wave_panels = reinterpret_cast<float*>(scratch.get(wave * bytes));
     for (int64_t first = 0; first < groups; first += wave) {
       const int64_t n = std::min(wave, groups - first), tasks = w.row_groups * tiles;
@@ -291,7 +290,9 @@ class SparseConv {
 }  // namespace
 
 void run(const Problem& problem, ScalarType dtype) {
-  if (dtype == ScalarType::Float)
+  if (problem.w->tiling.channels)
+    run_channels(problem, dtype);
+  else if (dtype == ScalarType::Float)
     SparseConv<float>(problem).run();
   else if (dtype == ScalarType::BFloat16)
     problem.int8 ? SparseConv<bf16, float>(problem).run() : SparseConv<bf16>(problem).run();
@@ -448,7 +449,7 @@ Tensor sparse_conv2d(Tensor x, Tensor values, Tensor crow, Tensor col, Ints shap
                         blob->bytes == t.numel() && blob->stored == values.size(0) * w.bo * w.bc &&
                         !blob->starts_at == !int8 && !blob->kind.order && !std::memcmp(&blob->conv, &c, sizeof(Conv)),
                     "sparse_conv2d: packed is not the packed form of this weight");
-    return blob->lanes == target.lanes && !(blob->tiling.flat && (last || !target.unpadded));
+    return blob->lanes == target.lanes && flat_fits(blob->tiling, target);
   };
   Tensor own;
   if (!packed || !usable(*packed)) {

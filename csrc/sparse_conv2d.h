@@ -5,6 +5,10 @@
 // lane group sees is packed into a panel [channel][HR][HC][lanes], in which the tap (r, s) of a channel is the whole
 // panel of the channel moved by a number of vectors: every load is an aligned vector, whatever the tap, stride or
 // dilation. With a stride the rows (columns) of a panel are sorted by phase, so that neighbours stay neighbours.
+//
+// Where weights come in blocks of as many output channels as a vector has lanes (AVX-512: 16), channels are lanes
+// instead: a block is one vector, pixels are broadcast to it from memory. What a patch of mh × mw output pixels sees is
+// packed as it is into a panel [channel][HR · HC + some], and a tile of it is computed at a time.
 #pragma once
 
 #include <cstddef>
@@ -28,13 +32,17 @@ struct Kind {
   int32_t order, sh, sw, top, left;
 };
 
-// How many pixels: a sub-tile is mh × mw, the registers hold nr × nc of its positions at a time.
+// How many pixels: a sub-tile is mh × mw, the registers hold nr × nc of its positions at a time. With channels as lanes
+// it is a patch, and its last tiles may be smaller.
 struct Tiling {
   int32_t mh, mw, nr, nc;
-  int32_t flat;  // 1 × 1, stride 1, NCHW: the lanes of a vector are consecutive pixels, and mh = 1, mw = nc
+  int32_t flat;          // 1 × 1, stride 1, NCHW: the lanes of a vector are consecutive pixels, and mh = 1, mw = nc;
+                         // with channels as lanes, each image is one row of pixels
+  int32_t channels = 0;  // 1: they are the lanes
 };
 
 constexpr int kMaxTaps = 64;             // in each direction; a larger kernel has no packed form
+constexpr int32_t kChannelLanes = 16;    // with channels as lanes
 constexpr int32_t kMaxGroupRows = 1024;  // so that a row of accumulators has a 16-bit number
 
 // Where the window of a sub-tile lies in a panel.
@@ -44,6 +52,8 @@ struct Window {
   int32_t row_of_tap[kMaxTaps];  // first panel row of tap r
   int32_t col_of_tap[kMaxTaps];
   void init(const Conv& conv, const Tiling& tiling);
+  // In elements, from a channel to the next. With channels as lanes, room for a vector that begins inside.
+  int64_t channel_step(const Tiling& t) const { return int64_t(HR) * HC + (t.channels ? kChannelLanes : 0); }
   // Window coordinate of each panel row or column: phase + stride · j, phases one after the other.
   static int32_t slots(int32_t taps, int32_t stride, int32_t dilation, int32_t length, int32_t* of_tap, int32_t* at);
 };
@@ -95,7 +105,8 @@ struct Packed {
   const uint16_t* row_of() const { return at<uint16_t>(row_of_at); }  // [O], row of accumulators in its row group
   const Block* block(int64_t group, int64_t block) const { return at<Block>(blocks_at) + group * blocks + block; }
   const Segment* segments() const { return at<Segment>(segments_at); }
-  const uint16_t* taps() const { return at<uint16_t>(taps_at); }  // eighths of the byte offset in the block's panel
+  // Where in the block's panel, in eighths of bytes; with channels as lanes, in floats.
+  const uint16_t* taps() const { return at<uint16_t>(taps_at); }
   const float* values() const { return at<float>(values_at); }
   const int32_t* starts() const { return at<int32_t>(starts_at); }    // [O], -128 · Σ of the weights
   const int32_t* sources() const { return at<int32_t>(sources_at); }  // index into the canonical values
@@ -110,7 +121,7 @@ struct SegmentArgs {
   int64_t count;
   const uint16_t* taps;
   const float* values;
-  float* acc;         // [rows][nr · nc][lanes]
+  float* acc;         // [rows][nr · nc][lanes]; with channels as lanes, [rows / lanes][nr · nc][lanes]
   const float* bias;  // [rows]
 };
 using SegmentFn = void (*)(const SegmentArgs&);
@@ -145,6 +156,11 @@ struct TypeKernels {
   void (*scatter)(const ScatterArgs<T>&);
   void (*copy_in)(const T* x, int64_t n, int64_t vectors, float* out);
   void (*copy_out)(const float* acc, int64_t n, T* y, const T* residual, Activation activation);
+  // out[i] = x[i · step]
+  void (*copy_steps)(const T* x, int64_t step, int64_t n, float* out);
+  // Of `rows` vectors, each to its own place: the first n ≤ lanes elements.
+  void (*copy_rows)(const float* acc, int64_t rows, int n, T* y, const T* residual, int64_t step,
+                    Activation activation);
 };
 
 struct Kernels {

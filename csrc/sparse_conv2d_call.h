@@ -38,8 +38,9 @@ Tensor sparse_conv2d(Tensor x, Tensor values, Tensor crow, Tensor col, Ints shap
                      Ints dilation, int64_t groups, Activation activation, std::optional<Tensor> packed,
                      const Int8Call* int8);
 
-// Of x and y in this dtype, fp32 or bf16.
+// Of x and y in this dtype, fp32 or bf16; the second with channels as lanes.
 void run(const Problem& problem, ScalarType dtype);
+void run_channels(const Problem& problem, ScalarType dtype);
 
 // Where pixels are rows of channels that are multiplied by a matrix, the shape of the images does not matter: they
 // become one row of pixels.

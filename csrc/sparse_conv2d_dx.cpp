@@ -151,7 +151,7 @@ Tensor sparse_conv2d_dx_cpu(Tensor grad, Tensor values, Tensor crow, Tensor col,
                         blob->bytes == given.numel() && blob->stored == values.numel() && blob->kind.order,
                     "sparse_conv2d_dx: packed is not the packed form of this weight's gradient");
     return !std::memcmp(&blob->conv, &t.conv, sizeof(Conv)) && !std::memcmp(&blob->kind, &t.kind, sizeof(Kind)) &&
-           blob->lanes == call.target.lanes && !(blob->tiling.flat && (last || !call.target.unpadded));
+           blob->lanes == call.target.lanes && flat_fits(blob->tiling, call.target);
   };
   Tensor own;
   if (!packed || !usable(*packed)) {

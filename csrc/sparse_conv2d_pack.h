@@ -48,6 +48,13 @@ struct Target {
   int lanes;
 };
 
+// Whether images of this layout and padding can be seen as rows of pixels, if the tiling wants them to be.
+inline bool flat_fits(const Tiling& t, const Target& target) {
+  return !t.flat || (target.unpadded && (t.channels || !target.channels_last));
+}
+
+constexpr int64_t kPanelsBytes = 3 << 19;  // of a wave, for each thread: most of a 2 MiB L2
+
 struct Plan {
   Tiling tiling;
   int32_t at_once, channels_in_block, group_rows;

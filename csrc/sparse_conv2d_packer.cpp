@@ -89,8 +89,8 @@ class Packer {
     head.kind = w.kind;
     window.init(w.conv, plan.tiling);
     find_live_channels();
-    const int64_t of_channel = int64_t(window.HR) * window.HC * lanes * sizeof(float);
-    const int64_t reach = std::max<int64_t>(1, int64_t(UINT16_MAX) * 8 / of_channel);
+    tap_unit = plan.tiling.channels ? 1 : lanes * sizeof(float) / 8;
+    const int64_t reach = std::max<int64_t>(1, UINT16_MAX / (window.channel_step(plan.tiling) * tap_unit));
     head.channels_in_block = static_cast<int32_t>(std::clamp<int64_t>(plan.channels_in_block, 1, reach));
     head.live = static_cast<int32_t>(live.size());
     head.blocks = std::max<int32_t>(1, (head.live + head.channels_in_block - 1) / head.channels_in_block);
@@ -160,7 +160,6 @@ class Packer {
     pad(at.blocks_at, head.segments_at), pad(at.segments_at, w.int8() ? head.starts_at : head.taps_at);
     if (w.int8()) put(at.starts_at, starts), pad(at.starts_at, head.taps_at);
     pad(at.taps_at, head.values_at);
-    // pad(at.taps_at, head.values_at);
     pad(with_values ? at.values_at : at.sources_at, head.bytes);
   }
 
@@ -210,14 +209,14 @@ class Packer {
       if (std::memchr(used.data() + int64_t(c) * taps, 1, taps)) live.push_back(c);
   }
 
-  // Of every tap of a live channel: where it lies in the panel of its block, in eighths of bytes.
+  // Of every tap of a live channel: where it lies in the panel of its block.
   void find_offsets() {
     offset_of.resize(int64_t(w.conv.C) * taps, 0);
     for (int32_t i = 0; i < head.live; i++)
       for (int32_t t = 0; t < taps; t++) {
-        const int64_t row = int64_t(i % head.channels_in_block) * window.HR + window.row_of_tap[t / w.conv.S];
-        const int64_t vectors = row * window.HC + window.col_of_tap[t % w.conv.S];
-        offset_of[int64_t(live[i]) * taps + t] = static_cast<uint16_t>(vectors * head.lanes * sizeof(float) / 8);
+        const int64_t channel = int64_t(i % head.channels_in_block) * window.channel_step(head.tiling);
+        const int64_t at = window.row_of_tap[t / w.conv.S] * window.HC + window.col_of_tap[t % w.conv.S];
+        offset_of[int64_t(live[i]) * taps + t] = static_cast<uint16_t>((channel + at) * tap_unit);
       }
   }
 
@@ -300,8 +299,9 @@ class Packer {
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return parts[a].size() > parts[b].size(); });
     for (const int64_t r : order) {
-      // Every row starts somewhere, also one without weights.
-      if (!parts[r].size() && (work.started[r] || block + 1 < head.blocks)) continue;
+      // Every row starts somewhere, also one without weights; with channels as lanes, it ends in the last block.
+      const bool last = block + 1 == head.blocks;
+      if (!parts[r].size() && !(last && (head.tiling.channels || !work.started[r]))) continue;
       push_segment(piece, r * at_once, r * at_once, {parts[r].size(), 0, 0}, !work.started[r]);
       work.started[r] = 1;
       for (const Entry* e = parts[r].begin; e < parts[r].end; e++) {
@@ -412,6 +412,7 @@ class Packer {
   const Weight& w;
   const bool with_values;
   const int32_t at_once, step, taps;
+  int64_t tap_unit;  // of an element of a panel
   Packed head{};
   std::vector<int32_t> starts;
   Window window{};
