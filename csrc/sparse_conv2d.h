@@ -8,7 +8,7 @@
 //
 // Where weights come in blocks of as many output channels as a vector has lanes (AVX-512: 16), channels are lanes
 // instead: a block is one vector, pixels are broadcast to it from memory. What a patch of mh × mw output pixels sees is
-// packed as it is into a panel [channel][HR · HC + some], and a tile of it is computed at a time.
+// packed as it is into a panel [channel][HR][HC], rows of whole lines, and a tile of it is computed at a time.
 #pragma once
 
 #include <cstddef>
@@ -52,8 +52,6 @@ struct Window {
   int32_t row_of_tap[kMaxTaps];  // first panel row of tap r
   int32_t col_of_tap[kMaxTaps];
   void init(const Conv& conv, const Tiling& tiling);
-  // In elements, from a channel to the next. With channels as lanes, room for a vector that begins inside.
-  int64_t channel_step(const Tiling& t) const { return int64_t(HR) * HC + (t.channels ? kChannelLanes : 0); }
   // Window coordinate of each panel row or column: phase + stride · j, phases one after the other.
   static int32_t slots(int32_t taps, int32_t stride, int32_t dilation, int32_t length, int32_t* of_tap, int32_t* at);
 };

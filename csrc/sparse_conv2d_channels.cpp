@@ -24,7 +24,7 @@ class ChannelsConv {
   explicit ChannelsConv(const Problem& problem)
       : p(problem), w(*problem.w), t(w.tiling), k(kernels()), conv(w.conv), typed(type_kernels<T>(k)) {
     window.init(conv, t);
-    step = window.channel_step(t);
+    step = int64_t(window.HR) * window.HC;
     panel_floats = w.live * step;
     H = p.H, W = p.W, OH = p.OH, OW = p.OW;
     if (t.flat) W *= H, OW *= OH, H = OH = 1;
@@ -34,13 +34,14 @@ class ChannelsConv {
     tiles = (std::min<int64_t>(t.mh, OH) + t.nr - 1) / t.nr * tiles_across;
     rows_at.resize(window.HR), cols_at.resize(window.HC);
     if (t.flat) {
-      for (int32_t j = 0; j < window.HC; j++) cols_at[j] = j;
+      columns = t.mw;
+      for (int32_t j = 0; j < columns; j++) cols_at[j] = j;
     } else {
       Window::slots(conv.R, conv.sh, conv.dh, t.mh, nullptr, rows_at.data());
-      Window::slots(conv.S, conv.sw, conv.dw, t.mw, nullptr, cols_at.data());
+      columns = Window::slots(conv.S, conv.sw, conv.dw, t.mw, nullptr, cols_at.data());
     }
-    for (int32_t j = 0, n; j < window.HC; j += n) {
-      for (n = 1; j + n < window.HC && cols_at[j + n] == cols_at[j] + conv.sw * n;) n++;
+    for (int32_t j = 0, n; j < columns; j += n) {
+      for (n = 1; j + n < columns && cols_at[j + n] == cols_at[j] + conv.sw * n;) n++;
       runs.push_back({j, n, cols_at[j]});
     }
     if (p.channels_last) {
@@ -160,12 +161,12 @@ class ChannelsConv {
       const Place at = place_of(first + j);
       for (int32_t row = 0; row < window.HR; row++) {
         const int64_t y = at.y * conv.sh - p.top + rows_at[row];
-        for (int32_t col = 0; col < window.HC; col += L) {
+        for (int32_t col = 0; col < columns; col += L) {
           float* to = panels + j * panel_floats + int64_t(row) * window.HC + col;
           int64_t lane[L], last = 0;
           uint32_t inside = 0;
           for (int l = 0; l < L; l++) {
-            const int64_t column = col + l < window.HC ? at.x * conv.sw - p.left + cols_at[col + l] : -1;
+            const int64_t column = col + l < columns ? at.x * conv.sw - p.left + cols_at[col + l] : -1;
             const bool in = y >= 0 && y < H && column >= 0 && column < W;
             inside |= uint32_t(in) << l;
             lane[l] = in ? ((at.n * H + y) * W + column) * C : 0;
@@ -276,6 +277,7 @@ class ChannelsConv {
   struct Run {
     int32_t at, n, x;  // columns of the panel, and the first one's in the window
   };
+  int32_t columns = 0;  // of the panel's rows that hold something
   std::vector<int32_t> rows_at, cols_at;
   std::vector<Run> runs;
   std::vector<int64_t> out_at;  // floats from the panel to the vectors of each channel of channels_last

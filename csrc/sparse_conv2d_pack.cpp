@@ -26,12 +26,13 @@ void Window::init(const Conv& conv, const Tiling& t) {
   if (t.flat) {
     rows = 1, cols = t.mw, HR = 1, HC = t.mw;
     row_of_tap[0] = col_of_tap[0] = 0;
-    return;
+  } else {
+    rows = (t.mh - 1) * conv.sh + (conv.R - 1) * conv.dh + 1;
+    cols = (t.mw - 1) * conv.sw + (conv.S - 1) * conv.dw + 1;
+    HR = slots(conv.R, conv.sh, conv.dh, t.mh, row_of_tap, nullptr);
+    HC = slots(conv.S, conv.sw, conv.dw, t.mw, col_of_tap, nullptr);
   }
-  rows = (t.mh - 1) * conv.sh + (conv.R - 1) * conv.dh + 1;
-  cols = (t.mw - 1) * conv.sw + (conv.S - 1) * conv.dw + 1;
-  HR = slots(conv.R, conv.sh, conv.dh, t.mh, row_of_tap, nullptr);
-  HC = slots(conv.S, conv.sw, conv.dw, t.mw, col_of_tap, nullptr);
+  if (t.channels) HC = (HC + kChannelLanes - 1) / kChannelLanes * kChannelLanes;  // rows of whole lines
 }
 
 namespace {
@@ -133,7 +134,7 @@ Plan choose_channels(const Weight& w, const Target& target, int32_t live, double
   while (c.R > 1 && t.mh < OH && t.mh < kPatchRows) t.mh += t.nr;
   Window tile;
   tile.init(c, {t.nr, t.nc, t.nr, t.nc, t.flat, 1});
-  const double of_channel = double(tile.HR) * tile.HC * sizeof(float) + 64;
+  const double of_channel = double(tile.HR) * tile.HC * sizeof(float);
   const int64_t blocks = std::max<int64_t>(1, static_cast<int64_t>(double(live) * of_channel / kL1 + 0.5));
   plan.channels_in_block = static_cast<int32_t>(up(std::max<int32_t>(live, 1), blocks));
   const double of_row = std::max(1.0, taps / c.O * (sizeof(float) + 2.0 / target.lanes));
@@ -142,7 +143,7 @@ Plan choose_channels(const Weight& w, const Target& target, int32_t live, double
   Window patch;
   patch.init(c, t);
   const double patches = double(up(OH, t.mh)) * static_cast<double>(up(OW, t.mw));
-  const double vectors = patches * live * static_cast<double>(up(patch.HC, 16)) * patch.HR;
+  const double vectors = patches * live * static_cast<double>(patch.HC / kChannelLanes) * patch.HR;
   const double out = double(c.O) / target.lanes * static_cast<double>(OH * OW);
   plan.cycles = static_cast<double>(target.N) *
                 (taps / target.lanes * best + out * 2 * static_cast<double>(blocks - 1) + vectors * 14 + out * 12);
@@ -197,7 +198,7 @@ Plan choose(const Weight& w, const Target& target, SegmentFn (*kernel)(int, int,
   }
   Window window;
   window.init(c, best.tiling);
-  const int64_t panel = std::max<int64_t>(1, live * window.channel_step(best.tiling) * target.lanes * 4);
+  const int64_t panel = std::max<int64_t>(1, int64_t(live) * window.HR * window.HC * target.lanes * 4);
   best.group_rows = group_rows(c, target, best.tiling, std::max<int64_t>(1, kPanelsBytes / panel));
   return best;
 }

@@ -90,7 +90,7 @@ class Packer {
     window.init(w.conv, plan.tiling);
     find_live_channels();
     tap_unit = plan.tiling.channels ? 1 : lanes * sizeof(float) / 8;
-    const int64_t reach = std::max<int64_t>(1, UINT16_MAX / (window.channel_step(plan.tiling) * tap_unit));
+    const int64_t reach = std::max<int64_t>(1, UINT16_MAX / (int64_t(window.HR) * window.HC * tap_unit));
     head.channels_in_block = static_cast<int32_t>(std::clamp<int64_t>(plan.channels_in_block, 1, reach));
     head.live = static_cast<int32_t>(live.size());
     head.blocks = std::max<int32_t>(1, (head.live + head.channels_in_block - 1) / head.channels_in_block);
@@ -214,9 +214,9 @@ class Packer {
     offset_of.resize(int64_t(w.conv.C) * taps, 0);
     for (int32_t i = 0; i < head.live; i++)
       for (int32_t t = 0; t < taps; t++) {
-        const int64_t channel = int64_t(i % head.channels_in_block) * window.channel_step(head.tiling);
-        const int64_t at = window.row_of_tap[t / w.conv.S] * window.HC + window.col_of_tap[t % w.conv.S];
-        offset_of[int64_t(live[i]) * taps + t] = static_cast<uint16_t>((channel + at) * tap_unit);
+        const int64_t row = int64_t(i % head.channels_in_block) * window.HR + window.row_of_tap[t / w.conv.S];
+        const int64_t at = row * window.HC + window.col_of_tap[t % w.conv.S];
+        offset_of[int64_t(live[i]) * taps + t] = static_cast<uint16_t>(at * tap_unit);
       }
   }
 
