@@ -123,7 +123,7 @@ def test_2_4():
 
 def test_to_and_copies():
     weight = sparse_weight(10, 6, 3, 2, pattern="oc_block4")
-    weight.packed._held = ((), weight.values, weight.values)
+    weight.packed.forward.by_shape[()] = weight.values
     half = weight.to(torch.bfloat16)
     assert (half.values.dtype, half.crow_indices.dtype, half.block_mask.dtype) == (
         torch.bfloat16,
@@ -133,7 +133,7 @@ def test_to_and_copies():
     assert torch.equal(half.mask(), weight.mask())
     for other in (half, copy.deepcopy(weight), pickle.loads(pickle.dumps(weight))):
         assert isinstance(other.packed, PackedCache)
-        assert other.packed._held is None, "a copy packs for itself"
+        assert not other.packed.forward.by_shape, "a copy packs for itself"
         assert other.shape == weight.shape
     assert weight.to("meta").values.is_meta
 

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from pyops.ops.epilogue import activation_backward, epilogue_ref
 from pyops.ops.registry import library, register
 from pyops.ops.sparse_checks import check_args, check_linear_args, check_padding, check_pair, check_weight
-from pyops.ops.sparse_packed import PackedCache, is_channels_last
+from pyops.ops.sparse_packed import PACKED_DTYPES, PackedCache, is_channels_last
 from pyops.ops.sparse_weight import Ints, SparseWeight, block_rows, gather_blocks, scatter_blocks
 
 _WEIGHT = "Tensor values, Tensor crow_indices, Tensor col_indices, int[] weight_shape, int[] block"
@@ -500,6 +500,9 @@ class _Function(torch.autograd.Function):
         return None, *_gradients(ctx, grad, ctx.needs_input_grad[1:])
 
 
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+
 def dispatch(
     x,
     values,
@@ -529,4 +532,9 @@ def dispatch(
     ):
         return _Function.apply(packed_dx, *args)
     with torch._C._AutoDispatchBelowAutograd():
+        # A packed form means the CPU kernels; the op's way to them takes as long as a small layer.
+        if packed is not None and (bias is None or bias.dtype in PACKED_DTYPES) and not _dispatch_modes():
+            from pyops.ops.sparse_conv2d_native import native
+
+            return native(*args)
         return _op(*args)

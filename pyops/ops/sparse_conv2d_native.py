@@ -21,7 +21,7 @@ library.define(
     "sparse_conv2d_dw_native(Tensor grad, Tensor x, Tensor crow_indices, Tensor col_indices, int[] weight_shape, "
     "int[] block, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor"
 )
-_native = torch.ops.pyops.sparse_conv2d_native.default
+native = torch.ops.pyops.sparse_conv2d_native.default
 _native_dx = torch.ops.pyops.sparse_conv2d_dx_native.default
 _native_dw = torch.ops.pyops.sparse_conv2d_dw_native.default
 
@@ -45,7 +45,7 @@ def sparse_conv2d(
     """`sparse_conv2d` on CPU tensors."""
     args = (x, values, crow_indices, col_indices, weight_shape, block, bias, residual, stride, padding, dilation)
     if all(t is None or t.dtype in PACKED_DTYPES for t in (x, values, bias)):
-        return _native(*args, groups, activation, packed)
+        return native(*args, groups, activation, packed)
     return sparse_conv2d_ref(*args, groups, activation)
 
 

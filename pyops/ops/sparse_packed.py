@@ -1,10 +1,14 @@
 """The packed form of a sparse weight, kept from one call to the next.
 
-The CPU kernels read a weight in a form of their own (`pyops::sparse_conv2d_pack`). Making it costs as much as a small
-convolution, so whoever owns a weight keeps the last one that was made, as long as nothing that it depends on changes.
+The CPU kernels read a weight in a form of their own (`pyops::sparse_conv2d_pack`), tuned for the shape of x and right
+for every other. Making it costs as much as a small convolution, so whoever owns a weight keeps those that were made,
+for a few shapes, as long as nothing else that they depend on changes.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 import torch
 
@@ -12,21 +16,61 @@ from pyops import backend
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+MOST_SHAPES = 4
+"""That a weight is packed for; x of another shape then gets the form of the one most alike."""
+
+
+class Blobs:
+    """Packed forms of one weight, by the memory format and shape of x."""
+
+    __slots__ = ("_key", "_tensors", "by_shape")
+
+    def __init__(self) -> None:
+        self.by_shape: dict[tuple, torch.Tensor] = {}
+        self._key: tuple | None = None
+        self._tensors: tuple[torch.Tensor, ...] = ()  # held so that no other can come to lie at their address
+
+    def get(self, watched: tuple[torch.Tensor, ...], window: tuple, shape: tuple, pack: Callable) -> torch.Tensor:
+        """`pack()`, or what it gave before for the same state of the tensors, the same window and a shape alike."""
+        key = (*[v for t in watched for v in (t.data_ptr(), t._version)], window)
+        if key != self._key:
+            self.clear()
+            self._key, self._tensors = key, tuple(t.detach() for t in watched)
+        blob = self.by_shape.get(shape)
+        return self._another(shape, pack) if blob is None else blob
+
+    def _another(self, shape: tuple, pack: Callable) -> torch.Tensor:
+        if len(self.by_shape) >= MOST_SHAPES:
+            alike = [other for other in self.by_shape if other[0] == shape[0]]
+            if alike:
+                return self.by_shape[min(alike, key=lambda other: abs(_log_pixels(other) - _log_pixels(shape)))]
+            del self.by_shape[next(iter(self.by_shape))]
+        self.by_shape[shape] = blob = pack()
+        return blob
+
+    def clear(self) -> None:
+        """Forget them."""
+        self.by_shape.clear()
+        self._key, self._tensors = None, ()
+
+
+def _log_pixels(shape: tuple) -> float:
+    _, N, _, H, W = shape
+    return math.log(max(N * H * W, 1))
 
 
 class PackedCache:
-    """The last packed blob of one weight. A copy and a pickle of it are empty."""
+    """The packed forms of one weight. A copy and a pickle of it are empty."""
 
-    __slots__ = ("_dx", "_held")
+    __slots__ = ("dx", "forward")
 
     def __init__(self) -> None:
-        # (key, blob, tensors): they are held so that no other tensor can come to lie at their address.
-        self._held: tuple[tuple, torch.Tensor, tuple[torch.Tensor, ...]] | None = None
-        self._dx: tuple[tuple, torch.Tensor, tuple[torch.Tensor, ...]] | None = None  # for the gradient of x
+        self.forward, self.dx = Blobs(), Blobs()  # dx: for the gradient of x
 
     def clear(self) -> None:
         """Forget the blobs."""
-        self._held = self._dx = None
+        self.forward.clear()
+        self.dx.clear()
 
     def get(self, x, values, crow, col, shape, block, stride, padding, dilation, groups) -> torch.Tensor | None:
         """The blob for these arguments of `sparse_conv2d`, or None where its kernel has none or has to pack itself.
@@ -37,30 +81,18 @@ class PackedCache:
         if torch.compiler.is_compiling() or not packs(x, values):
             return None
         if values.is_inference() or crow.is_inference() or col.is_inference():
-            self._held = None
+            self.forward.clear()
             return None
         trained = values.requires_grad and torch.is_grad_enabled()
         watched = (crow, col) if trained else (crow, col, values)
+        window = (stride, padding, dilation, groups)
         channels_last = is_channels_last(x)
-        key = _key(watched, stride, padding, dilation, groups, x.shape, channels_last)
-        if self._held is not None and self._held[0] == key:
-            return self._held[1]
-        blob = torch.ops.pyops.sparse_conv2d_pack(
-            values.detach(),
-            crow,
-            col,
-            shape,
-            block,
-            stride,
-            padding,
-            dilation,
-            groups,
-            x.shape,
-            channels_last,
-            not trained,
-        )
-        self._held = (key, blob, tuple(t.detach() for t in watched))
-        return blob
+
+        def pack() -> torch.Tensor:
+            weight = (values.detach(), crow, col, shape, block)
+            return torch.ops.pyops.sparse_conv2d_pack(*weight, *window, x.shape, channels_last, not trained)
+
+        return self.forward.get(watched, window, (channels_last, *x.shape), pack)
 
     def get_dx(self, x, values, crow, col, shape, block, stride, padding, dilation, groups) -> torch.Tensor | None:
         """The blob for `sparse_conv2d_dx`, the structure alone, or None where nobody will ask for x's gradient."""
@@ -68,25 +100,20 @@ class PackedCache:
             return None
         if crow.is_inference() or col.is_inference() or not has_native_dx(shape, stride, dilation):
             return None
+        window = (stride, padding, dilation, groups)
         channels_last = is_channels_last(x)
-        key = _key((crow, col), stride, padding, dilation, groups, x.shape, channels_last)
-        if self._dx is None or self._dx[0] != key:
-            window = (stride, padding, dilation, groups)
+
+        def pack() -> torch.Tensor:
             weight = (values.detach(), crow, col, shape, block)
-            blob = torch.ops.pyops.sparse_conv2d_pack_dx(*weight, *window, x.shape, channels_last)
-            self._dx = (key, blob, (crow.detach(), col.detach()))
-        return self._dx[1]
+            return torch.ops.pyops.sparse_conv2d_pack_dx(*weight, *window, x.shape, channels_last)
+
+        return self.dx.get((crow, col), window, (channels_last, *x.shape), pack)
 
     def __deepcopy__(self, memo: dict) -> PackedCache:
         return PackedCache()
 
     def __reduce__(self) -> tuple:
         return PackedCache, ()
-
-
-def _key(watched, stride, padding, dilation, groups, x_shape, channels_last) -> tuple:
-    versions = [v for t in watched for v in (t.data_ptr(), t._version)]
-    return (*versions, *stride, *padding, *dilation, groups, *x_shape, channels_last)
 
 
 def has_native_dx(weight_shape, stride, dilation) -> bool:
