@@ -66,6 +66,8 @@ class Case:
     """In place of the op's."""
     ours_min_sqnr_db: float | None = None
     """What ours must reach, where there is no reference to compare with to the last bits."""
+    peak: str | None = None
+    """In place of the op's."""
     family: str | None = None
     """The key in `Op.families` of those cases whose geometric mean is looked at together."""
     shared: str | None = None

@@ -239,7 +239,7 @@ class Runner:
         if case.passes:
             roof = ceilings.passes_ms(self.ceilings, case.passes)
         else:
-            roof = ceilings.roof_ms(self.ceilings, self.op.peak, case.ops, case.bytes, working_set)
+            roof = ceilings.roof_ms(self.ceilings, case.peak or self.op.peak, case.ops, case.bytes, working_set)
         fraction, limit = (None, None) if roof is None else (roof[0] / median_ms, roof[1])
         rates = {"gops": case.ops / median_ms / 1e6, "gbs": case.bytes / median_ms / 1e6}
         return {**rates, "fraction": fraction, "limit": limit}

@@ -19,7 +19,7 @@ class Pyops(Peer):
     """The op, as a user calls it: the weight keeps its packed form from one call to the next."""
 
     name, role, devices = "pyops", "ours", ("cpu", "cuda")
-    runs = "pyops.ops.sparse_conv2d on a SparseWeight; x in the memory format that is faster"
+    runs = "pyops.ops.sparse_conv2d or int8_sparse_conv2d on a SparseWeight; x in the memory format that is faster"
 
     @classmethod
     def missing(cls, device: str) -> str | None:
@@ -32,15 +32,19 @@ class Pyops(Peer):
         return {name: lambda form=form: self._instance(inputs, form) for name, form in FORMATS.items()}
 
     def _instance(self, inputs: Inputs, memory_format: torch.memory_format) -> Instance:
-        from pyops.ops import SparseWeight, sparse_conv2d
+        from pyops.ops import SparseWeight, int8_sparse_conv2d, quantize_sparse, sparse_conv2d
 
-        dims = inputs["case"].dims
+        case = inputs["case"]
+        window = {"stride": case.dims["stride"], "padding": case.dims["pad"]}
         x = inputs["x"].to(memory_format=memory_format)
         # Tensors that were made in inference mode have no version, so no packed form of them could be kept.
         with torch.inference_mode(False):
-            weight = SparseWeight.from_dense(inputs["w"].clone(), pattern=inputs["case"].pattern)
+            weight = SparseWeight.from_dense(inputs["w"].clone(), pattern=case.pattern)
             bias = inputs["bias"].clone()
-        return Instance(lambda: sparse_conv2d(x, weight, bias, stride=dims["stride"], padding=dims["pad"]))
+            if case.int8:
+                q, scale = quantize_sparse(weight)
+                return Instance(lambda: int8_sparse_conv2d(x, q, scale, bias, **window))
+        return Instance(lambda: sparse_conv2d(x, weight, bias, **window))
 
 
 class _Torch(Peer):

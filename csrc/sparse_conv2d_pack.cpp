@@ -103,6 +103,10 @@ int32_t group_rows(const Conv& c, const Target& target, const Tiling& t, int64_t
   return static_cast<int32_t>(((c.O + cuts - 1) / cuts + 15) / 16 * 16);
 }
 
+bool channels_fit(const Weight& w, const Target& target) {
+  return w.bo % kChannelLanes == 0 && target.lanes == kChannelLanes && !w.kind.order && !w.int8();
+}
+
 bool pointwise(const Conv& c) { return c.R == 1 && c.S == 1 && c.sh == 1 && c.sw == 1; }
 
 // Channels as lanes: the tile that computes an image in the fewest cycles, a patch of some rows of them, blocks of
@@ -152,7 +156,8 @@ Plan choose_channels(const Weight& w, const Target& target, int32_t live, double
   return plan;
 }
 
-Plan choose(const Weight& w, const Target& target, SegmentFn (*kernel)(int, int, int)) {
+// `wanted`: so many rows at once, 0: whatever is fastest.
+Plan choose(const Weight& w, const Target& target, SegmentFn (*kernel)(int, int, int), int32_t wanted) {
   constexpr int64_t kPanelBytes = 3 << 19;
   const Conv& c = w.conv;
   const double taps = double(w.crow[w.block_rows()]) * w.bo * w.bc;
@@ -166,7 +171,11 @@ Plan choose(const Weight& w, const Target& target, SegmentFn (*kernel)(int, int,
       used[g * c.channels() + i] = std::count(&used_cols[i / w.bc * RS], &used_cols[i / w.bc * RS] + RS, 1) > 0;
   }
   const int32_t live = static_cast<int32_t>(std::count(used.begin(), used.end(), 1));
-  Plan best{{1, 1, 1, 1, 0}, rows_at_once(w).back(), 1, kGroupRows, std::numeric_limits<double>::infinity()};
+  Plan best{{1, 1, 1, 1, 0},
+            wanted ? wanted : rows_at_once(w).back(),
+            1,
+            kGroupRows,
+            std::numeric_limits<double>::infinity()};
   const auto consider = [&](const Tiling& t, int32_t at_once) {
     const Plan found = judge(w, target, t, at_once, live, taps);
     if (found.cycles < best.cycles) best = found;
@@ -187,14 +196,16 @@ Plan choose(const Weight& w, const Target& target, SegmentFn (*kernel)(int, int,
         consider(t, at_once);
       }
   };
-  for (const int32_t at_once : rows_at_once(w))
+  const std::vector<int32_t> fitting = wanted ? std::vector<int32_t>{wanted} : rows_at_once(w);
+  for (const int32_t at_once : fitting)
     for (int32_t nr = 1; nr <= 4; nr++)
       for (int32_t nc = 1; nc <= 16; nc++)
         if (kernel(at_once, nr, nc)) consider_tile(nr, nc, at_once);
   if (best.cycles == std::numeric_limits<double>::infinity()) best.tiling = {1, 1, 1, 1, flat};
-  if (w.bo % kChannelLanes == 0 && target.lanes == kChannelLanes && !w.kind.order && !w.int8()) {
+  if (channels_fit(w, target) && (!wanted || wanted == kChannelLanes)) {
     const Plan channels = choose_channels(w, target, live, taps);
-    if (channels.cycles * 0.78 < best.cycles) return channels;  // `judge` knows less of the caches and is short by that
+    // `judge` knows less of the caches and is short by that.
+    if (wanted || channels.cycles * 0.78 < best.cycles) return channels;
   }
   Window window;
   window.init(c, best.tiling);
@@ -206,9 +217,15 @@ Plan choose(const Weight& w, const Target& target, SegmentFn (*kernel)(int, int,
 }  // namespace
 
 Tensor pack(const Weight& w, const Target& target, bool with_values, const std::vector<int64_t>& forced) {
-  Plan plan = choose(w, target, kernels().segments);
-  if (!forced.empty()) {
-    STD_TORCH_CHECK(forced.size() == 8, "sparse_conv2d: tiling must have 8 elements");
+  const bool design = forced.size() == 1;
+  STD_TORCH_CHECK(!design || (forced[0] == 2 || forced[0] == 4 || forced[0] == 8 ||
+                              (forced[0] == kChannelLanes && channels_fit(w, target))),
+                  "sparse_conv2d: no kernel for ", design ? forced[0] : 0, " rows at once");
+  STD_TORCH_CHECK(!design || forced[0] == 2 || w.bo % forced[0] == 0, "sparse_conv2d: blocks of ", w.bo,
+                  " are not whole in ", design ? forced[0] : 0, " rows");
+  Plan plan = choose(w, target, kernels().segments, design ? static_cast<int32_t>(forced[0]) : 0);
+  if (!forced.empty() && !design) {
+    STD_TORCH_CHECK(forced.size() == 8, "sparse_conv2d: tiling must have 8 elements, or 1");
     const auto f = [&](int i) { return static_cast<int32_t>(forced[i]); };
     plan = {{f(0), f(1), f(2), f(3), f(4), f(5) == kChannelLanes}, f(5), f(6), f(7), 0.0};
     STD_TORCH_CHECK(kernels().segments(plan.at_once, f(2), f(3)), "sparse_conv2d: no kernel for ", f(2), " x ", f(3));

@@ -64,9 +64,9 @@ struct Plan {
 // Throws where a buffer does not describe a weight of this shape with `stored` blocks.
 void check_structure(const Weight& w, int64_t stored);
 
-// Of a weight that was checked. `forced` is empty, or {mh, mw, nr, nc, flat, rows at once, channels in a block, rows in
-// a group}. Without values it stands for the structure alone, for as long as that lasts, and each call fetches the
-// values.
+// Of a weight that was checked. `forced` is empty, or {rows at once}, or {mh, mw, nr, nc, flat, rows at once, channels
+// in a block, rows in a group}. Without values it stands for the structure alone, for as long as that lasts, and each
+// call fetches the values.
 Tensor pack(const Weight& w, const Target& target, bool with_values, const std::vector<int64_t>& forced = {});
 
 Tensor pack_as(const Weight& w, const Plan& plan, int32_t lanes, bool with_values);

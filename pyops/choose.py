@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
+
 from pyops import measure
 from pyops.measure import Captured
 from pyops.ops.sparse_packed import is_channels_last
@@ -11,7 +13,7 @@ from pyops.ops.sparse_packed import is_channels_last
 DENSE = "dense"
 """The name of the layer as it is among measured times."""
 NOISE = 0.02
-"""By how much the median times of one function differ from one measurement to the next."""
+"""By how much the times of one function differ from one measurement to the next."""
 MIN_SQNR_DB = 30.0
 """What differs more than this from the layer's output is not a replacement: bf16 alone gives some 45 dB."""
 
@@ -33,7 +35,7 @@ def measured(
     captured: Captured,
     min_gain: float,
 ) -> dict[str, float]:
-    """Median ms of all of these functions on the captured input, the layer as it is under DENSE.
+    """ms of all of these functions on the captured input, the layer as it is under DENSE.
 
     The fastest of several may only have been the luckiest: who wins is measured again, against the layer alone, and
     that counts. `others` cannot win, their times are to be told.
@@ -46,21 +48,28 @@ def measured(
     return ms
 
 
-def right(dense: Callable, candidate: Callable, captured: Captured) -> tuple[float | None, str]:
-    """(SQNR in dB of a candidate's output, why it cannot be taken or "").
+def right(
+    expected: torch.Tensor, candidate: Callable, captured: Captured, min_sqnr_db: float = MIN_SQNR_DB
+) -> tuple[float | None, str]:
+    """(SQNR in dB of a candidate's output against that of the layer, why it cannot be taken or "").
 
     The output has to be of the same dtype and memory format too: what follows in the model would be slower otherwise.
     """
     try:
-        with measure.autocasting(captured):
-            expected, y = dense(captured.x), candidate(captured.x)
+        y = output(candidate, captured)
     except NotImplementedError as error:
         return None, f"has no kernel: {error}"
     sqnr_db = measure.sqnr_db(expected, y)
-    if not sqnr_db >= MIN_SQNR_DB:
-        return sqnr_db, f"gives another result ({sqnr_db:.1f} dB)"
+    if not sqnr_db >= min_sqnr_db:
+        return sqnr_db, f"gives another result ({sqnr_db:.1f} dB, below {min_sqnr_db:.4g})"
     if y.dtype != expected.dtype:
         return sqnr_db, f"gives {y.dtype}, dense {expected.dtype}"
     if y.dim() == 4 and is_channels_last(y) != is_channels_last(expected):
         return sqnr_db, "gives another memory format than dense: are input and weight in the same?"
     return sqnr_db, ""
+
+
+def output(function: Callable, captured: Captured) -> torch.Tensor:
+    """What it gives for the captured input."""
+    with measure.autocasting(captured):
+        return function(captured.x)

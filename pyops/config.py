@@ -25,6 +25,8 @@ class Layer:
     """Its row of the report, to be filled with what is found out."""
     captured: Captured | None
     """The input of its first call; None without example inputs, if it was not called, or on the meta device."""
+    shared: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What `replace` keeps from one layer of a swap to the next."""
 
 
 class Config:

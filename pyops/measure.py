@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -13,11 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-TURN_S, BUDGET_S = 0.004, 0.12
+TURN_S, BUDGET_S = 0.002, 0.08
 """Length of one turn, and what the turns of one pair may take together."""
-MIN_TURNS, MAX_TURNS = 3, 15
+MIN_TURNS, MAX_TURNS = 5, 20
 HOPELESS = 4.0
 """How many times slower than the fastest a function must be at its first calls to get no turns of its own."""
+CLEAR = 1.15
+"""How many times slower than the fastest a function must be after `MIN_TURNS` turns to get no more."""
+
+HELD_BYTES = 16 * 2**20
+"""Inputs that are held at once."""
 
 
 @dataclasses.dataclass
@@ -44,17 +48,45 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def capture(model: nn.Module, layers: Iterable[nn.Module], example_inputs: Any) -> dict[nn.Module, Captured]:
-    """Run the model once; the input of each layer's first call. Layers that were not called are missing."""
+def captured_inputs(
+    model: nn.Module, layers: Iterable[nn.Module], example_inputs: Any
+) -> Iterator[tuple[nn.Module, Captured | None]]:
+    """Each layer with the input of its first call, in the order of the calls; then, with None, those not called.
+
+    The model runs several times if that is what it takes to hold only `HELD_BYTES` of inputs, or a fifth of them.
+    """
+    waiting, held_bytes = list(layers), HELD_BYTES
+    while waiting:
+        found, left = _capture(model, waiting, example_inputs, held_bytes)
+        held_bytes = max(held_bytes, sum(left) // 5)
+        waiting = [layer for layer in waiting if layer not in found]
+        while found:
+            layer = next(iter(found))
+            yield layer, found.pop(layer)
+        if not left:
+            break
+    for layer in waiting:
+        yield layer, None
+
+
+def _capture(
+    model: nn.Module, layers: Iterable[nn.Module], example_inputs: Any, held_bytes: int
+) -> tuple[dict[nn.Module, Captured], list[int]]:
+    """Run the model once; (inputs of so many bytes, the first one whatever its size; the bytes of each other one)."""
     found: dict[nn.Module, Captured] = {}
+    sizes: dict[nn.Module, int] = {}
 
     def keep(layer: nn.Module, args: tuple, kwargs: dict) -> None:
         x = args[0] if args else kwargs.get("input")
-        if layer not in found and isinstance(x, torch.Tensor):
-            device = x.device.type
-            enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-            autocast = torch.get_autocast_dtype(device) if enabled else None
-            found[layer] = Captured(x.detach().clone(), autocast)  # the model may go on to change it in place
+        if layer in sizes or not isinstance(x, torch.Tensor):
+            return
+        sizes[layer] = x.numel() * x.element_size()
+        if found and sum(sizes.values()) > held_bytes:
+            return
+        device = x.device.type
+        enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        autocast = torch.get_autocast_dtype(device) if enabled else None
+        found[layer] = Captured(x.detach().clone(), autocast)  # the model may go on to change it in place
 
     # Registered last, they see what the layer's own pre-hooks made of the input.
     handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
@@ -63,7 +95,7 @@ def capture(model: nn.Module, layers: Iterable[nn.Module], example_inputs: Any) 
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return found, [size for layer, size in sizes.items() if layer not in found]
 
 
 def check_inputs(example_inputs: Any) -> None:
@@ -92,7 +124,11 @@ def compare(before: Callable, after: Callable, captured: Captured) -> tuple[floa
 
 
 def times(functions: Mapping[str, Callable], captured: Captured) -> dict[str, float]:
-    """Median ms of one call of each function on the captured input, all of them taking turns."""
+    """ms of one call of each function on the captured input: the least of several turns, which they take by turns.
+
+    What other processes do only makes a turn longer, so the least is what the function itself takes. Who is clearly
+    slower than the fastest gets no more turns, and when one is left the race is over.
+    """
     with autocasting(captured):
         return _time(functions, captured.x)
 
@@ -126,11 +162,16 @@ def _time(functions: Mapping[str, Callable], x: torch.Tensor) -> dict[str, float
     round_s = sum(once[name] * repeats[name] for name in sides)
     budget_s = BUDGET_S * max(len(sides), 2) / 2
     turns = min(MAX_TURNS, max(MIN_TURNS, int(budget_s / max(round_s, 1e-7))))
-    samples: dict[str, list[float]] = {name: [] for name in sides}
+    least = once | dict.fromkeys(sides, math.inf)
     for turn in range(turns):
         for name in sides if turn % 2 == 0 else sides[::-1]:  # so that a drift of the clock favours none
-            samples[name].append(_seconds(functions[name], x, repeats[name]))
-    return {name: statistics.median(samples.get(name, [once[name]])) * 1e3 for name in functions}
+            least[name] = min(least[name], _seconds(functions[name], x, repeats[name]))
+        if turn + 1 >= MIN_TURNS:
+            fastest = min(least[name] for name in sides)
+            sides = [name for name in sides if least[name] <= CLEAR * fastest]
+            if len(sides) == 1:
+                break
+    return {name: least[name] * 1e3 for name in functions}
 
 
 def _seconds(function: Callable, x: torch.Tensor, repeats: int) -> float:

@@ -31,7 +31,7 @@ class Row:
     input_shape: tuple[int, ...] | None = None
     """Of the input that was timed."""
     ms_before: float | None = None
-    """Median of one call, without gradient, before and after; None if there were no example inputs."""
+    """Of one call, without gradient, the least of several turns, before and after; None without example inputs."""
     ms_after: float | None = None
     sqnr_db: float | None = None
     """10·log10(‖y‖² / ‖y − ŷ‖²) of this layer's output; inf if exact."""

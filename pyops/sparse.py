@@ -10,30 +10,34 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from pyops.choose import DENSE, faster, measured, right
+from pyops.choose import DENSE, MIN_SQNR_DB, faster, measured, output, right
 from pyops.config import Config, FilterFn, Layer
-from pyops.fuse import fuse_activations_
+from pyops.fuse import Fused, fuse_activations_
 from pyops.measure import Captured
 from pyops.memory import has_values
 from pyops.nn.conv import SparseConv1d, SparseConv2d
 from pyops.nn.effective import effective
+from pyops.nn.int8_conv import Int8SparseConv2d
 from pyops.nn.sparse_linear import SparseLinear
 from pyops.ops.sparse_checks import FLOAT_DTYPES
 from pyops.ops.sparse_weight import PATTERNS, is_2_4
 from pyops.prune.dead_channels import removing
 from pyops.refusal import layer_refusal
-from pyops.sparse_dense import OTHER_FORMATS, dense_forward, key_of, other_format
+from pyops.residual import fuse_residuals_
+from pyops.sparse_dense import OTHER_FORMATS, dense_forward, key_of, other_format, sparse_key
 from pyops.sparse_estimate import BLOCKED, THINNED, best_pattern, pays_from, probes
 from pyops.structure import Structure, as_4d, kept_weights, stored_values, structure_of
 from pyops.tune import Cache
 
 SPARSE = {nn.Conv2d: SparseConv2d, nn.Conv1d: SparseConv1d, nn.Linear: SparseLinear}
+INT8 = "int8"
+"""The name of the int8 form of a layer among measured times."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,11 @@ class Sparse(Config):
         remove_channels: first remove dead channels across layers by `pyops.prune.remove_dead_channels_`. Not measured.
         fuse_activations: at the end let the sparse layers apply the activations that follow them, by
             `pyops.fuse_activations_`. Not measured.
+        fuse_residuals: at the end let them add the residuals too, by `pyops.fuse_residuals_`, which does all that
+            fuse_activations does and rewrites the forward of the modules that add. Not measured. Needs example inputs.
+        int8: also try `pyops.nn.Int8SparseConv2d` in the place of each pruned Conv2d. It is for inference: its weight
+            is rounded and frozen.
+        min_sqnr_db: the least SQNR of the output of a layer that becomes int8, on its own input.
         cache: file of measured times (see `pyops.tune`); None for the default one, False for none.
 
     Raises TypeError or ValueError for other values, and in `swap_` ValueError without example inputs, unless
@@ -65,6 +74,9 @@ class Sparse(Config):
     measure: bool = True
     remove_channels: bool = False
     fuse_activations: bool = False
+    fuse_residuals: bool = False
+    int8: bool = False
+    min_sqnr_db: float = MIN_SQNR_DB
     cache: str | os.PathLike | bool | None = None
 
     choice = "sparse"
@@ -72,19 +84,23 @@ class Sparse(Config):
     def __post_init__(self) -> None:
         if self.pattern != "auto" and self.pattern not in PATTERNS:
             raise ValueError(f"pattern={self.pattern!r} is not one of auto, {', '.join(PATTERNS)}")
-        for name in ("max_waste", "min_gain"):
+        for name in ("max_waste", "min_gain", "min_sqnr_db"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-            if not 0 <= value < 1:
+            if name != "min_sqnr_db" and not 0 <= value < 1:
                 raise ValueError(f"{name} is {value}; allowed: 0 to below 1")
-        for name in ("measure", "remove_channels", "fuse_activations"):
+        if math.isnan(self.min_sqnr_db):
+            raise ValueError("min_sqnr_db is nan")
+        for name in ("measure", "remove_channels", "fuse_activations", "fuse_residuals", "int8"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.cache, (str, os.PathLike, bool, type(None))):
             raise TypeError(f"cache must be a path, None or False, got {type(self.cache).__name__}")
         if not self.measure and self.pattern == "auto":
             raise ValueError('measure=False needs a pattern: which of several is "auto" is found by measuring')
+        if not self.measure and self.int8:
+            raise ValueError("int8=True needs measure=True; pyops.nn.Int8SparseConv2d.from_dense converts one layer")
 
     def matches(self, module: nn.Module) -> bool:
         """A Conv2d, Conv1d or Linear, or a subclass of one."""
@@ -108,6 +124,8 @@ class Sparse(Config):
                 "Sparse() chooses by measuring and needs swap_(..., example_inputs=...); to convert without measuring "
                 'write Sparse(pattern="oc_block16", measure=False), or another pattern'
             )
+        if self.fuse_residuals and example_inputs is None:
+            raise ValueError("fuse_residuals=True needs swap_(..., example_inputs=...)")
 
     @contextlib.contextmanager
     def prepared(
@@ -121,13 +139,12 @@ class Sparse(Config):
             yield {module: str(row) for module, row in found.items()}
 
     def finish(self, model: nn.Module, example_inputs: Any) -> Mapping[str, str]:
-        """Activations fused, if they shall be; of every layer that an activation follows."""
-        rows = fuse_activations_(model, example_inputs) if self.fuse_activations else []
-        return {
-            row.layer: f"activation {row.activation} " + ("fused" if row.fused else f"not fused: {row.reason}")
-            for row in rows
-            if row.activation is not None
-        }
+        """Activations and residuals fused, if they shall be; of every layer that has something to be fused."""
+        if self.fuse_residuals:
+            rows = fuse_residuals_(model, example_inputs)
+        else:
+            rows = fuse_activations_(model, example_inputs) if self.fuse_activations else []
+        return {row.layer: _said(row) for row in rows if row.fused or row.activation is not None}
 
     def convert(self, module: nn.Module) -> nn.Module:
         """`from_dense` in the pattern of this config."""
@@ -174,67 +191,96 @@ class Sparse(Config):
     def _fastest(self, layer: Layer, found: Structure, kept: torch.Tensor, captured: Captured) -> nn.Module | None:
         module, row = layer.module, layer.row
         dense = dense_forward(module)
-        cache = None if self.cache is False else Cache(None if self.cache is True else self.cache)
-        key = key_of(module, captured, found)
-        ms = None if cache is None else _known(cache.get(key), found)
-        candidates: dict[str, nn.Module] = {}
+        expected = output(dense, captured)
+        made: dict[str, _Made] = {}
+        names = list(found.stored)
+        if self.int8 and isinstance(module, nn.Conv2d):
+            made[INT8] = self._made(module, INT8, expected, captured)
+            if made[INT8].wrong:
+                row.add(f"{INT8} {made[INT8].wrong}")
+            else:
+                names.append(INT8)
+        if "times" not in layer.shared:
+            layer.shared["times"] = Cache(self.cache)
+        cache, dense_key = layer.shared["times"], key_of(module, captured)
+        key = sparse_key(dense_key, found, INT8 in names)
+        ms = _known(cache.get(key), names)
         if ms is None:
-            candidates, wrong = self._candidates(layer, dense, found, captured)
+            made = {name: made.get(name) or self._made(module, name, expected, captured) for name in names}
+            wrong = "; ".join(f"{name} {new.wrong}" for name, new in made.items() if new.wrong)
             if wrong:
                 row.add(wrong)
+            candidates = {name: new.layer.forward for name, new in made.items() if not new.wrong}
             if not candidates:
                 return None
-            forwards = {name: new.forward for name, new in candidates.items()}
-            ms = measured(dense, forwards, other_format(module, captured), captured, self.min_gain)
-            if faster(ms, candidates, self.min_gain) is None:
+            known = cache.get(dense_key)
+            others = other_format(module, captured) if known is None else {}
+            ms = measured(dense, candidates, others, captured, self.min_gain)
+            if others:
+                cache.put(dense_key, {name: ms[name] for name in others})
+            ms |= {name: t for name, t in (known or {}).items() if name in OTHER_FORMATS}
+            if faster(ms, candidates, self.min_gain) is None and found.stored.keys() & candidates.keys():
                 ms |= probes(lambda p, m: self._sparse(module, p, m), module, found, kept, ms, captured)
-            if cache is not None and not wrong:
+            if not wrong:
                 cache.put(key, ms)
                 cache.save()
-        best = faster(ms, found.stored, self.min_gain)
+        best = faster(ms, dict.fromkeys(names), self.min_gain)
         row.ms_before = row.ms_after = ms[DENSE]
-        told = ", ".join(f"{name} {t:.4g} ms" for name, t in ms.items() if name in (DENSE, *found.stored))
+        told = ", ".join(f"{name} {t:.4g} ms" for name, t in ms.items() if name in (DENSE, *names))
         advice = _other_format_is_best(ms, ms[best or DENSE])
         if best is None:
             row.pays_from = pays_from(ms, found, self.min_gain)
             row.add(_why_dense(ms, found, told, self, row.pays_from) + advice)
             return None
-        new = candidates[best] if best in candidates else self._sparse(module, best)
-        sqnr_db, wrong = right(dense, new.forward, captured)
-        if wrong:  # times from the cache, but this weight
-            row.add(f"{best} {wrong}")
+        new = made.get(best) or self._made(module, best, expected, captured)
+        if new.wrong:  # times of another layer, or from the cache, but this weight
+            row.add(f"{best} {new.wrong}")
             return None
-        row.ms_after, row.sqnr_db, row.choice = ms[best], sqnr_db, f"sparse_{best}"
+        row.ms_after, row.sqnr_db, row.choice = ms[best], new.sqnr_db, f"sparse_{best}"
         row.add(told + advice)
-        return new
+        new.layer._packed.clear()  # made again at the first call, when the dense weights are gone
+        return new.layer
 
-    def _candidates(
-        self, layer: Layer, dense: Callable, found: Structure, captured: Captured
-    ) -> tuple[dict[str, nn.Module], str]:
-        """(formats whose result is right, what is wrong with the others)."""
-        candidates, wrong = {}, []
-        for pattern in found.stored:
-            new = self._sparse(layer.module, pattern)
-            _, reason = right(dense, new.forward, captured)
-            if reason:
-                wrong.append(f"{pattern} {reason}")
-            else:
-                candidates[pattern] = new
-        return candidates, "; ".join(wrong)
+    def _made(self, module: nn.Module, name: str, expected: torch.Tensor, captured: Captured) -> _Made:
+        """One form of a layer, and what is wrong with it; `expected` is what the layer gives."""
+        if name != INT8:
+            new = self._sparse(module, name)
+            return _Made(new, *right(expected, new.forward, captured))
+        try:
+            new = Int8SparseConv2d.from_dense(module)
+            return _Made(new, *right(expected, new.forward, captured, self.min_sqnr_db))
+        except (TypeError, ValueError) as error:
+            return _Made(None, None, f"is not possible: {error}")
 
     @staticmethod
     def _sparse(module: nn.Module, pattern: str, mask: torch.Tensor | None = None) -> nn.Module:
         return SPARSE[_base(module)].from_dense(module, pattern=pattern, mask=mask)
 
 
+@dataclasses.dataclass
+class _Made:
+    """A form of a layer."""
+
+    layer: nn.Module | None
+    sqnr_db: float | None
+    wrong: str
+    """Why it cannot be taken; "" if it can."""
+
+
 def _base(module: nn.Module) -> type[nn.Module]:
     return next(base for base in SPARSE if isinstance(module, base))
 
 
-def _known(ms: dict[str, float] | None, found: Structure) -> dict[str, float] | None:
+def _said(row: Fused) -> str:
+    if row.activation is None or row.reason.startswith("the residual"):
+        return f"fused: {row.reason}"
+    return f"activation {row.activation} " + ("fused" if row.fused else f"not fused: {row.reason}")
+
+
+def _known(ms: dict[str, float] | None, names: list[str]) -> dict[str, float] | None:
     """Times from a cache, if they are all that is asked for and nothing else."""
-    allowed = {DENSE, *OTHER_FORMATS, THINNED, BLOCKED, *found.stored}
-    return ms if ms is not None and {DENSE, *found.stored} <= ms.keys() <= allowed else None
+    allowed = {DENSE, *OTHER_FORMATS, THINNED, BLOCKED, *names}
+    return ms if ms is not None and {DENSE, *names} <= ms.keys() <= allowed else None
 
 
 def _why_dense(ms: Mapping[str, float], found: Structure, told: str, config: Sparse, pays: float | None) -> str:

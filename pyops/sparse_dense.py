@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -40,8 +40,8 @@ def other_format(module: nn.Module, captured: Captured) -> dict[str, Callable[[A
     return {name: lambda _: forward(image)}
 
 
-def key_of(module: nn.Module, captured: Captured, found: Structure) -> dict[str, Any]:
-    """What the times of a layer are kept under; sparsity and the size of each format are rounded to 1 %."""
+def key_of(module: nn.Module, captured: Captured) -> dict[str, Any]:
+    """What the times of a dense layer depend on."""
     weight, x = effective(module, "weight"), captured.x
     return tune.machine(x.device) | {
         "kind": "linear" if isinstance(module, nn.Linear) else f"conv{weight.dim() - 2}d",
@@ -52,9 +52,13 @@ def key_of(module: nn.Module, captured: Captured, found: Structure) -> dict[str,
         ],
         "x": [list(x.shape), str(x.dtype), _format(x)],
         "autocast": str(captured.autocast),
-        "sparsity": round(found.sparsity, 2),
-        "stored": {pattern: round(stored, 2) for pattern, stored in found.stored.items()},
     }
+
+
+def sparse_key(key: Mapping[str, Any], found: Structure, int8: bool) -> dict[str, Any]:
+    """The same and what those of its sparse forms depend on; sparsity and sizes are rounded to 1 %."""
+    stored = {pattern: round(stored, 2) for pattern, stored in found.stored.items()}
+    return {**key, "sparsity": round(found.sparsity, 2), "stored": stored, **({"int8": True} if int8 else {})}
 
 
 def _with_weight(module: nn.Module, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -53,9 +53,9 @@ def probes(
 
 def pays_from(ms: Mapping[str, float], found: Structure, min_gain: float) -> float | None:
     """The sparsity at which the best format would reach (1 - min_gain) of the dense time; None if it never would."""
-    best = best_pattern(ms, found)
     if THINNED not in ms:
         return None
+    best = best_pattern(ms, found)
     density = 1 - found.sparsity
     per_density = (ms[best] - ms[THINNED]) / (density * (1 - LEFT)) if density else 0.0
     if per_density <= 0:

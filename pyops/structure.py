@@ -67,7 +67,7 @@ def kept_weights(module: nn.Module) -> tuple[torch.Tensor, bool]:
     if mask is None:
         return weight != 0, True
     mask = mask.to(weight.device)
-    return mask, not bool((weight[~mask] != 0).any())
+    return mask, not bool(((weight != 0) & ~mask).any())
 
 
 def structure_of(kept: torch.Tensor, groups: int, max_waste: float, tiles: bool = False) -> Structure:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from pyops.config import Config, FilterFn, Layer
-from pyops.measure import capture, check_inputs, evaluating
+from pyops.measure import captured_inputs, check_inputs, evaluating
 from pyops.nn.effective import baked_hooks, effective, origin
 from pyops.nn.linear import Int8Linear
 from pyops.ops.int8_linear import FLOAT_DTYPES, MAX_K
@@ -67,8 +67,9 @@ def swap_(
         filter_fn: called as filter_fn(module, qualified_name) for each layer that could be replaced; False leaves it
             as it is.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments for `model`. With them the model
-            runs once, in eval mode and without gradients, and each layer is measured against its replacement on its
-            real input. Without them times and SQNR are None.
+            runs, in eval mode and without gradients, and each layer is measured against its replacement on its real
+            input. It runs once, or a few times where the inputs of all layers would take much memory. Without example
+            inputs times and SQNR are None.
         progress: show a bar on stderr; by default where layers are measured and stderr is a terminal. Needs tqdm.
 
     A layer found under several names is replaced once, at all of them, if the filter takes them all. Device, training
@@ -134,11 +135,11 @@ def _replaced(
         else:
             taken.append(module)
     measured = example_inputs is not None
-    inputs = capture(model, taken, example_inputs) if measured else {}
-    replacements = {}
-    for module in _with_progress(taken, measured if progress is None else progress, force=progress is True):
+    inputs = captured_inputs(model, taken, example_inputs) if measured else ((module, None) for module in taken)
+    show = measured if progress is None else progress
+    replacements, shared = {}, {}
+    for module, captured in _with_progress(inputs, len(taken), show, force=progress is True):
         row, name = rows[module], names[module][0]
-        captured = inputs.pop(module, None)  # not held longer than needed: a model's activations are large
         if captured is not None:
             row.input_shape = tuple(captured.x.shape)
         if captured is not None and captured.x.is_meta:
@@ -146,7 +147,7 @@ def _replaced(
         elif captured is None and measured:
             row.add("not called with these example_inputs")
         try:
-            new = config.replace(Layer(module, name, row, captured))
+            new = config.replace(Layer(module, name, row, captured, shared))
         except (TypeError, ValueError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"layer {name!r}: {error}") from error
@@ -155,14 +156,14 @@ def _replaced(
     return replacements
 
 
-def _with_progress(layers: list[nn.Module], show: bool, force: bool) -> Iterable[nn.Module]:
+def _with_progress(layers: Iterable, total: int, show: bool, force: bool) -> Iterable:
     if not show or not (force or sys.stderr.isatty()):
         return layers
     try:
         from tqdm import tqdm
     except ImportError:  # a GPU machine on which nothing may be installed
         return layers
-    return tqdm(layers, desc="pyops.swap_", unit="layer", leave=False)
+    return tqdm(layers, total=total, desc="pyops.swap_", unit="layer", leave=False)
 
 
 def _check(model: nn.Module, config: Config, filter_fn: Any) -> None:

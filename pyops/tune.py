@@ -71,12 +71,13 @@ class Cache:
     again. Of two that write in the same moment one's entries may be lost, and are measured again.
 
     Args:
-        path: the file, None for `default_path()`; its folder is made when something is saved. What cannot be read or
-            written is warned about once and otherwise goes without: a cache is never a reason to fail.
+        path: the file, None or True for `default_path()`, False for none, so that times are known to this object only.
+            The file's folder is made when something is saved. What cannot be read or written is warned about once and
+            otherwise goes without: a cache is never a reason to fail.
     """
 
-    def __init__(self, path: str | Path | None = None) -> None:
-        self.path = default_path() if path is None else Path(path)
+    def __init__(self, path: str | os.PathLike | bool | None = None) -> None:
+        self.path = None if path is False else default_path() if path in (None, True) else Path(path)
         self._new: dict[str, Times] = {}
         self._entries, self._usable = self._read(warn=True)
 
@@ -110,7 +111,9 @@ class Cache:
         self._entries, self._new = entries, {}
 
     def _read(self, warn: bool) -> tuple[dict[str, Times], bool]:
-        """(the valid entries, False if something stands there that must not be overwritten)."""
+        """(the valid entries, False if there is no file or something in its place that must not be overwritten)."""
+        if self.path is None:
+            return {}, False
         try:
             stat = self.path.stat()
             if stat.st_size > MAX_BYTES:

@@ -635,7 +635,7 @@ def test_sparse_cases_hold_what_they_say() -> None:
     assert (len(set(sparse_conv2d.RESNET50)), len(set(sparse_conv2d.VGG16))) == (23, 9)
     cases = [case for case in sparse_conv2d.CASES if "cpu" in case.devices]
     assert {case.family for case in sparse_conv2d.CASES} == set(sparse_conv2d.OP.families)
-    assert len(cases) == 32 * 2 * 10
+    assert len(cases) == 32 * 2 * 12
     runs = [name for name, _ in itertools.groupby(case.shared for case in cases)]
     assert len(runs) == len(set(runs)) == 64  # those of a shape and batch stand together
     (case,) = [case for case in cases if case.name == "resnet50/64-64-3x3@56/b1/unstructured-90"]
@@ -643,15 +643,18 @@ def test_sparse_cases_hold_what_they_say() -> None:
     assert case.bytes == pytest.approx(4 * (2 * 64 * 56 * 56 + 64 * 64 * 9 / 10))
 
 
-def test_a_user_keeps_the_packed_weight() -> None:
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_user_keeps_the_packed_weight(int8: bool) -> None:
     """Under inference mode too, in which the runner times."""
-    case = sparse_conv2d._case("resnet50", (16, 16, 3, 1, 8), 1, sparse_conv2d.PRUNINGS[0])
+    pruning = next(p for p in sparse_conv2d.PRUNINGS if p.int8 == int8)
+    case = sparse_conv2d._case("resnet50", (16, 16, 3, 1, 8), 1, pruning)
     with torch.inference_mode():
         inputs = sparse_conv2d.make_inputs(case, torch.device("cpu"))
         instance = sparse_conv2d_peers.Pyops(torch.device("cpu"), 1).variants(inputs)["NCHW"]()
-        instance.call()
+        y = instance.call()
+    assert report.sqnr_db(y.numpy(), sparse_conv2d.oracle(inputs).numpy()) >= case.ours_min_sqnr_db
     weight = next(c.cell_contents for c in instance.call.__closure__ if hasattr(c.cell_contents, "packed"))
-    assert (weight.packed._held is not None) == packs(inputs["x"], weight.values)
+    assert bool(weight.packed.forward.by_shape) == packs(inputs["x"], weight.values)
 
 
 def test_models_that_cannot_be_made_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import math
 import pytest
 import torch
 from cases import randn
+from sparse_swap_cases import BLOCKS, DENSITY, FakeTimes, X, net, swap
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune as torch_prune
@@ -21,8 +22,6 @@ from pyops import measure
 from pyops.nn import SparseConv1d, SparseConv2d, SparseLinear
 from pyops.report import UNCHANGED
 from pyops.structure import structure_of
-
-BLOCKS = ("oc_block16", "oc_block8", "oc_block4")
 
 
 @pytest.fixture(autouse=True)
@@ -34,53 +33,10 @@ def _own_cache(monkeypatch, tmp_path):
 
 @pytest.fixture
 def times(monkeypatch):
-    """Fake times, which can be changed: `times.ms[name]` is a number or a function of the call's number."""
-
-    class Fake:
-        def __init__(self):
-            self.calls, self.captured = [], []
-            self.ms = {
-                "dense": 1.0,
-                "dense_channels_last": 1.0,
-                "dense_contiguous": 1.0,
-                "thinned": 2.0,
-                "blocked": 2.0,
-            }
-            self.ms |= dict.fromkeys(("unstructured", "2:4", "ic_block4"), 3.0) | dict.fromkeys(BLOCKS, 2.0)
-
-        def __call__(self, functions, captured):
-            self.calls.append(list(functions))
-            self.captured.append(captured)
-            values = {name: self.ms[name] for name in functions}
-            return {name: v(len(self.calls)) if callable(v) else v for name, v in values.items()}
-
-    fake = Fake()
+    """Fake times, which can be changed."""
+    fake = FakeTimes()
     monkeypatch.setattr(measure, "times", fake)
     return fake
-
-
-def net():
-    """Pruned in blocks, at random, not at all, depthwise."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        *(nn.Conv2d(4, 32, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(32, 16, 1), nn.ReLU()),
-        *(nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-        nn.Linear(8, 3),
-    )
-    pyops.prune.oc_block(model[0], 0.75, 16)
-    pyops.prune.magnitude(model[2], 0.9)
-    return model
-
-
-X = randn(2, 4, 9, 9)
-DENSITY = 51 / 512
-"""What is kept of net()[2]."""
-
-
-def swap(model=None, *args, x=X, **arguments):
-    model = net() if model is None else model
-    report = pyops.swap_(model, pyops.Sparse(**arguments), *args, example_inputs=x)
-    return model, {row.name: row for row in report.rows}
 
 
 def snapshot(model):
@@ -167,7 +123,7 @@ def test_a_result_that_is_wrong_is_not_taken(times, monkeypatch):
     before = snapshot(model)
     rows = swap(model)[1]
     assert_unchanged(model, before)
-    assert "oc_block16 gives another result (12.0 dB)" in rows["0"].reason
+    assert "oc_block16 gives another result (12.0 dB, below 30)" in rows["0"].reason
 
     def missing(self, x):
         raise NotImplementedError("no kernel for cpu")
