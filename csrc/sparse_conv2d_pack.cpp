@@ -91,15 +91,21 @@ Plan judge(const Weight& w, const Target& target, const Tiling& t, int32_t at_on
   return {t, at_once, static_cast<int32_t>(channels), kGroupRows, cycles};
 }
 
+// In how many groups to cut the rows, `cuts` or more, so that the threads need not wait for each other at the end:
+// `tasks` is what each group of rows makes of them, together or in a wave, if the threads share them out at all.
+int64_t even_cuts(int64_t cuts, int64_t tasks, int64_t shared, int64_t rows) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (threads == 1 || shared % threads == 0 || shared >= 8 * threads) return cuts;
+  const auto uneven = [&] { return (tasks * cuts + threads - 1) / threads * threads * 10 > tasks * cuts * 11; };
+  while (uneven() && rows / (cuts + 1) >= 16) cuts++;
+  return cuts;
+}
+
 // As many as there are, unless the threads would wait for each other at the end of a wave (sparse_conv2d.cpp).
 int32_t group_rows(const Conv& c, const Target& target, const Tiling& t, int64_t wave) {
-  const int64_t threads = torch::stable::get_num_threads(), groups = lane_groups(target, t);
-  int64_t cuts = std::max<int64_t>(1, (c.O + kGroupRows - 1) / kGroupRows);
-  if (threads > 1 && groups % threads && groups < 8 * threads) {
-    const int64_t tasks = std::min(groups, wave * threads) * (t.mh / t.nr) * (t.mw / t.nc);
-    const auto uneven = [&] { return (tasks * cuts + threads - 1) / threads * threads * 10 > tasks * cuts * 11; };
-    while (uneven() && c.O / (cuts + 1) >= 16) cuts++;
-  }
+  const int64_t groups = lane_groups(target, t), threads = torch::stable::get_num_threads();
+  const int64_t tasks = std::min(groups, wave * threads) * (t.mh / t.nr) * (t.mw / t.nc);
+  const int64_t cuts = even_cuts(std::max<int64_t>(1, (c.O + kGroupRows - 1) / kGroupRows), tasks, groups, c.O);
   return static_cast<int32_t>(((c.O + cuts - 1) / cuts + 15) / 16 * 16);
 }
 
@@ -151,8 +157,9 @@ Plan choose_channels(const Weight& w, const Target& target, int32_t live, double
   const double out = double(c.O) / target.lanes * static_cast<double>(OH * OW);
   plan.cycles = static_cast<double>(target.N) *
                 (taps / target.lanes * best + out * 2 * static_cast<double>(blocks - 1) + vectors * 14 + out * 12);
-  const int64_t cuts = up(c.O, rows);
-  plan.group_rows = static_cast<int32_t>(up(up(c.O, std::max<int64_t>(cuts, 1)), target.lanes) * target.lanes);
+  const int64_t shared = target.N * static_cast<int64_t>(patches);
+  const int64_t cuts = even_cuts(std::max<int64_t>(1, up(c.O, rows)), shared * (t.mh / t.nr), shared, c.O);
+  plan.group_rows = static_cast<int32_t>(up(up(c.O, cuts), target.lanes) * target.lanes);
   return plan;
 }
 
