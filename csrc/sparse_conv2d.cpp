@@ -334,6 +334,7 @@ Weight weight_of(const Tensor& values, const Tensor& crow, const Tensor& col, co
            values.scalar_type()};
   STD_TORCH_CHECK(w.conv.R >= 1 && w.conv.R <= kMaxTaps && w.conv.S >= 1 && w.conv.S <= kMaxTaps,
                   "sparse_conv2d: a kernel of ", w.conv.R, " x ", w.conv.S, " is not supported; up to ", kMaxTaps);
+  STD_TORCH_CHECK(int64_t(w.conv.C) * w.conv.R * w.conv.S < INT32_MAX, "sparse_conv2d: weight_shape is too large");
   STD_TORCH_CHECK(crow.dim() == 1 && crow.numel() == w.block_rows() + 1, "sparse_conv2d: crow_indices must have ",
                   w.block_rows() + 1, " elements, got ", crow.numel());
   STD_TORCH_CHECK(col.dim() == 1 && col.numel() == values.size(0), "sparse_conv2d: col_indices must have ",
@@ -359,6 +360,8 @@ Tensor empty_image(const int64_t (&s)[4], ScalarType dtype, bool last) {
 OutputSize output_size(const Conv& c, const Ints& x_shape, const Ints& padding) {
   STD_TORCH_CHECK(x_shape.size() == 4 && padding.size() == 4,
                   "sparse_conv2d: x must be [N, C, H, W] and padding have 4 elements");
+  for (const int64_t v : padding)
+    STD_TORCH_CHECK(v > -(1 << 24) && v < (1 << 24), "sparse_conv2d: padding holds ", v, ", out of range");
   STD_TORCH_CHECK(x_shape[1] == c.C, "sparse_conv2d: x has ", x_shape[1], " channels, the weight ", c.C);
   const int64_t high = x_shape[2] + padding[0] + padding[1] - int64_t(c.R - 1) * c.dh;
   const int64_t wide = x_shape[3] + padding[2] + padding[3] - int64_t(c.S - 1) * c.dw;

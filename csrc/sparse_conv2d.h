@@ -87,7 +87,6 @@ struct Packed {
   Tiling tiling;
   int32_t lanes, rows_at_once;  // 2: pairs
   int32_t channels_in_block, blocks, row_groups, live;
-  int32_t reserved;
   Kind kind;
   int64_t live_at, groups_at, row_of_at, blocks_at, segments_at, taps_at, values_at;
   int64_t sources_at;  // 0: `values` holds the values; else each call fetches them from where `sources` says

@@ -96,13 +96,13 @@ struct Transposed {
 
 // The convolution of grad, for dx [N, C, H, W].
 struct Call {
+  OutputSize grad;  // first: it checks x_shape and padding
   Transposed transposed;
   Problem p{};
   Target target;
-  OutputSize grad;
 
   Call(const Weight& w, const Ints& x_shape, const Ints& padding, bool channels_last)
-      : transposed(w, padding, channels_last), grad(output_size(w.conv, x_shape, padding)) {
+      : grad(output_size(w.conv, x_shape, padding)), transposed(w, padding, channels_last) {
     p.N = x_shape[0], p.H = grad.OH, p.W = grad.OW;
     p.OH = (x_shape[2] + w.conv.sh - 1) / w.conv.sh, p.OW = (x_shape[3] + w.conv.sw - 1) / w.conv.sw;
     p.top = -transposed.rows.first, p.left = -transposed.cols.first;

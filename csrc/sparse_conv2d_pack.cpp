@@ -157,6 +157,7 @@ Plan choose_channels(const Weight& w, const Target& target, int32_t live, double
   const double out = double(c.O) / target.lanes * static_cast<double>(OH * OW);
   plan.cycles = static_cast<double>(target.N) *
                 (taps / target.lanes * best + out * 2 * static_cast<double>(blocks - 1) + vectors * 14 + out * 12);
+  if (int64_t(patch.HR) * patch.HC > UINT16_MAX) plan.cycles = std::numeric_limits<double>::infinity();
   const int64_t shared = target.N * static_cast<int64_t>(patches);
   const int64_t cuts = even_cuts(std::max<int64_t>(1, up(c.O, rows)), shared * (t.mh / t.nr), shared, c.O);
   plan.group_rows = static_cast<int32_t>(up(up(c.O, cuts), target.lanes) * target.lanes);
@@ -198,6 +199,7 @@ Plan choose(const Weight& w, const Target& target, SegmentFn (*kernel)(int, int,
         const Tiling t{mh, mw, nr, nc, 0};
         Window window;
         window.init(c, t);
+        if (int64_t(window.HR) * window.HC * target.lanes * 4 / 8 > UINT16_MAX) break;  // taps are 16 bits
         const bool smallest = mh == nr && mw == nc;
         if (!smallest && int64_t(live) * window.HR * window.HC * target.lanes * 4 > kPanelBytes) break;
         consider(t, at_once);
@@ -235,7 +237,14 @@ Tensor pack(const Weight& w, const Target& target, bool with_values, const std::
     STD_TORCH_CHECK(forced.size() == 8, "sparse_conv2d: tiling must have 8 elements, or 1");
     const auto f = [&](int i) { return static_cast<int32_t>(forced[i]); };
     plan = {{f(0), f(1), f(2), f(3), f(4), f(5) == kChannelLanes}, f(5), f(6), f(7), 0.0};
+    for (const int64_t v : forced) STD_TORCH_CHECK(v >= 0 && v < (1 << 16), "sparse_conv2d: tiling holds ", v);
     STD_TORCH_CHECK(kernels().segments(plan.at_once, f(2), f(3)), "sparse_conv2d: no kernel for ", f(2), " x ", f(3));
+    const Tiling& t = plan.tiling;
+    const bool flat = pointwise(w.conv) && target.unpadded && t.mh == 1 && (t.channels || t.mw == t.nc);
+    STD_TORCH_CHECK(t.mh >= 1 && t.mw >= 1 && t.mh % t.nr == 0 && t.mw % t.nc == 0 && plan.group_rows >= 1 &&
+                        (t.flat == 0 || (t.flat == 1 && flat && flat_fits(t, target))) &&
+                        (t.channels ? channels_fit(w, target) : plan.at_once == 2 || w.bo % plan.at_once == 0),
+                    "sparse_conv2d: tiling does not fit this weight");
   }
   return pack_as(w, plan, target.lanes, with_values);
 }

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <numeric>
 #include <random>
+#include <type_traits>
 #include <vector>
 
 #include "cpu.h"
@@ -14,12 +15,18 @@
 namespace pyops::sparse {
 namespace {
 
-// What no other process, and no file, can know.
-uint64_t seal(uint64_t number) {
+// Of a header, what no other process, and no file, can know.
+uint64_t seal(const Packed& packed) {
   static const uint64_t secret = (uint64_t(std::random_device{}()) << 32) ^ std::random_device{}();
-  uint64_t z = secret + number * 0x9e3779b97f4a7c15ull;
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+  static_assert(std::has_unique_object_representations_v<Packed>, "padding has no value");
+  Packed head = packed;
+  head.seal = 0;
+  uint64_t words[sizeof(Packed) / sizeof(uint64_t)], z = secret;
+  std::memcpy(words, &head, sizeof(head));
+  for (const uint64_t word : words) {
+    z = (z ^ word) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 29)) * 0x94d049bb133111ebull;
+  }
   return z ^ (z >> 31);
 }
 
@@ -90,7 +97,8 @@ class Packer {
     window.init(w.conv, plan.tiling);
     find_live_channels();
     tap_unit = plan.tiling.channels ? 1 : lanes * sizeof(float) / 8;
-    const int64_t reach = std::max<int64_t>(1, UINT16_MAX / (int64_t(window.HR) * window.HC * tap_unit));
+    const int64_t reach = UINT16_MAX / (int64_t(window.HR) * window.HC * tap_unit);
+    STD_TORCH_CHECK(reach >= 1, "sparse_conv2d: a window of ", window.HR, " x ", window.HC, " is too large");
     head.channels_in_block = static_cast<int32_t>(std::clamp<int64_t>(plan.channels_in_block, 1, reach));
     head.live = static_cast<int32_t>(live.size());
     head.blocks = std::max<int32_t>(1, (head.live + head.channels_in_block - 1) / head.channels_in_block);
@@ -110,7 +118,6 @@ class Packer {
   int64_t bytes() {
     static std::atomic<uint64_t> made{0};
     head.number = ++made;
-    head.seal = seal(head.number);
     head.stored = int64_t(w.crow[w.block_rows()]) * w.bo * w.bc;
     int64_t n_blocks = 0, n_segments = 0, n_taps = 0, n_values = 0;
     for (Piece& piece : pieces) {
@@ -132,7 +139,9 @@ class Packer {
     place(head.taps_at, n_taps * sizeof(uint16_t));
     place(head.values_at, with_values ? n_values * sizeof(float) : 0);
     if (!with_values) place(head.sources_at, n_values * sizeof(int32_t));
-    return head.bytes = at;
+    head.bytes = at;
+    head.seal = seal(head);
+    return at;
   }
 
   void write(char* out) const {
@@ -427,7 +436,7 @@ class Packer {
 
 }  // namespace
 
-bool sealed(const Packed& packed) { return packed.magic == kMagic && packed.seal == seal(packed.number); }
+bool sealed(const Packed& packed) { return packed.magic == kMagic && packed.seal == seal(packed); }
 
 Tensor pack_as(const Weight& w, const Plan& plan, int32_t lanes, bool with_values) {
   Packer packer(w, plan, lanes, with_values);

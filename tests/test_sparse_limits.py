@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from cases import randn, sparse_weight
 from torch import nn
 
-from pyops import backend, ops
+from pyops import ops
 from pyops.nn import Int8SparseConv2d, SparseConv1d, SparseConv2d, SparseLinear
 
 LAYERS = {
@@ -71,23 +71,8 @@ def test_channels_that_do_not_divide(sizes):
         SparseConv2d(*sizes, 3, groups=2)
 
 
-FAR = [
-    pytest.param(
-        dilation,
-        marks=[]
-        if dilation < 40
-        else pytest.mark.xfail(
-            backend.native is not None,
-            reason="places in a panel have 16 bits: where the window is larger, the kernels read another pixel",
-            strict=True,
-        ),
-    )
-    for dilation in (7, 24, 36, 130)
-]
-
-
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("dilation", FAR)
+@pytest.mark.parametrize("dilation", [7, 24, 36, 44, 45, 46, 130])
 def test_far_taps(dilation, form):
     """As in DeepLab: the image is hardly larger than the window."""
     size = 2 * dilation + 5
@@ -102,14 +87,21 @@ def test_far_taps(dilation, form):
 
 @pytest.mark.parametrize("kernel", [64, 65])
 def test_a_long_kernel(kernel):
-    """The longest that the CPU kernels take, and the first that they do not, which may be refused."""
-    weight, x, refused = sparse_weight(3, 2, 1, kernel, keep=0.5), randn(2, 2, 1, 80), ""
-    try:
-        y = ops.sparse_conv2d(x, weight)
-    except RuntimeError as error:
-        refused = str(error)
-    if refused:
-        assert kernel > 64
-        assert f"a kernel of 1 x {kernel} is not supported; up to 64" in refused
-    else:
-        torch.testing.assert_close(y, F.conv2d(x, weight.to_dense()), rtol=1e-4, atol=1e-4)
+    """The longest that the CPU kernels take, and the first that the reference takes for them."""
+    weight, x = sparse_weight(3, 2, 1, kernel, keep=0.5), randn(2, 2, 1, 80).requires_grad_()
+    weight.values.requires_grad_()
+    y, dense = ops.sparse_conv2d(x, weight), weight.to_dense()
+    expected = F.conv2d(x, dense)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    for t in (x, weight.values):
+        (grad,), (exact,) = (torch.autograd.grad(z.square().sum(), t, retain_graph=True) for z in (y, expected))
+        torch.testing.assert_close(grad, exact, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"dilation": 46}, {"kernel_size": (1, 65)}], ids=str)
+def test_int8_beyond_the_kernels(options):
+    """The reference computes what the CPU kernels do not take."""
+    conv = nn.Conv2d(4, 6, **{"kernel_size": 3} | options)
+    x = randn(1, 4, 100, 100)
+    layer = Int8SparseConv2d.from_dense(conv)
+    torch.testing.assert_close(layer(x), conv(x), rtol=0.05, atol=0.05)

@@ -6,7 +6,7 @@ import torch
 
 from pyops.ops.int8_sparse_conv2d import int8_sparse_conv2d_ref, with_defaults
 from pyops.ops.registry import library
-from pyops.ops.sparse_packed import PACKED_DTYPES
+from pyops.ops.sparse_packed import PACKED_DTYPES, has_native
 
 library.define(
     "int8_sparse_conv2d_native(Tensor x, Tensor values, Tensor w_scale, Tensor crow_indices, Tensor col_indices, "
@@ -21,4 +21,5 @@ def int8_sparse_conv2d(*args) -> torch.Tensor:
     args = with_defaults(args)
     x, bias = args[0], args[6]
     fits = x.dtype in PACKED_DTYPES and (bias is None or bias.dtype in PACKED_DTYPES)
+    fits = fits and has_native(args[5], args[8], args[10])  # weight_shape, stride, dilation
     return _native(*args) if fits else int8_sparse_conv2d_ref(*args)

@@ -6,7 +6,7 @@ import torch
 
 from pyops.ops.registry import library
 from pyops.ops.sparse_conv2d import sparse_conv2d_dw_ref, sparse_conv2d_dx_ref, sparse_conv2d_ref
-from pyops.ops.sparse_packed import PACKED_DTYPES, has_native_dx
+from pyops.ops.sparse_packed import PACKED_DTYPES, has_native, has_native_dx
 
 library.define(
     "sparse_conv2d_native(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, int[] weight_shape, "
@@ -44,7 +44,8 @@ def sparse_conv2d(
 ) -> torch.Tensor:
     """`sparse_conv2d` on CPU tensors."""
     args = (x, values, crow_indices, col_indices, weight_shape, block, bias, residual, stride, padding, dilation)
-    if all(t is None or t.dtype in PACKED_DTYPES for t in (x, values, bias)):
+    narrow = all(t is None or t.dtype in PACKED_DTYPES for t in (x, values, bias))
+    if narrow and has_native(weight_shape, stride, dilation):
         return native(*args, groups, activation, packed)
     return sparse_conv2d_ref(*args, groups, activation)
 
@@ -75,6 +76,6 @@ def sparse_conv2d_dw(
 ) -> torch.Tensor:
     """`sparse_conv2d_dw` on CPU tensors."""
     args = (grad, x, crow_indices, col_indices, weight_shape, block, stride, padding, dilation, groups)
-    if grad.dtype in PACKED_DTYPES and x.dtype == grad.dtype:
+    if grad.dtype in PACKED_DTYPES and x.dtype == grad.dtype and has_native(weight_shape, stride, dilation):
         return _native_dw(*args)
     return sparse_conv2d_dw_ref(*args)

@@ -78,7 +78,7 @@ class PackedCache:
         Of a weight that autograd follows only the structure is kept: the values change at every step, and some
         optimizers write to `.data`, which leaves no trace.
         """
-        if torch.compiler.is_compiling() or not packs(x, values):
+        if torch.compiler.is_compiling() or not packs(x, values) or not has_native(shape, stride, dilation):
             return None
         if values.is_inference() or crow.is_inference() or col.is_inference():
             self.forward.clear()
@@ -116,8 +116,24 @@ class PackedCache:
         return PackedCache, ()
 
 
+MOST_TAPS = 64
+"""In each direction, of a weight that the CPU kernels take."""
+MOST_REACH = 8191
+"""Pixels of the window of one output pixel: the CPU kernels number the vectors of 16 such windows, in eights of bytes,
+with 16 bits."""
+
+
+def has_native(weight_shape, stride, dilation) -> bool:
+    """True if the CPU kernels take a weight of this shape: its window is not too large."""
+    kernel = weight_shape[2:]
+    reach = [d * (k - 1) + min(s, k) for k, s, d in zip(kernel, stride, dilation, strict=True)]
+    return max(kernel) <= MOST_TAPS and reach[0] * reach[1] <= MOST_REACH
+
+
 def has_native_dx(weight_shape, stride, dilation) -> bool:
     """True if `sparse_conv2d_dx` has a CPU kernel: a pixel's phase within the stride decides which taps reach it."""
+    if not has_native(weight_shape, stride, dilation):
+        return False
     reach = [d * (k - 1) // s + 2 for k, s, d in zip(weight_shape[2:], stride, dilation, strict=True)]
     return tuple(stride) == (1, 1) or (stride[0] * stride[1] <= 64 and max(reach) <= 64)
 
