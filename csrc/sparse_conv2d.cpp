@@ -53,19 +53,24 @@ class SparseConv {
 
   void run() {
     const int64_t threads = torch::stable::get_num_threads(), bytes = panel_floats * sizeof(float);
-    const double work = panels.pack_cycles() + row_group_cycles() * w.row_groups * tiles;
-    if (groups % threads == 0 || groups >= 8 * threads)
-      // A thread packs a panel and uses it while it is in its cache.
-      in_parallel(groups, work, [&](int64_t begin, int64_t end) {
-        thread_local Scratch scratch;
-        float* panel = reinterpret_cast<float*>(scratch.get(bytes));
-        for (int64_t group = begin; group < end; group++) {
-          for (int64_t part = 0; part < panels.parts; part++) panels.pack(group, part, panel);
-          compute(group, 0, w.row_groups * tiles, panel);
-        }
-      });
-    else
-      together(bytes);
+    const int64_t tasks = w.row_groups * tiles;
+    const double packing = panels.pack_cycles(), task = row_group_cycles();
+    const bool whole = groups % threads == 0 || groups >= 8 * threads;
+    if (!whole && packing > 0.25 * task * static_cast<double>(tasks * groups) / static_cast<double>(threads))
+      return together(bytes);
+    // A thread packs a panel and uses it while it is in its cache. Of the group that two share each packs its own.
+    const int64_t unit = whole ? tasks : 1;
+    in_parallel(groups * tasks / unit, whole ? packing + task * static_cast<double>(tasks) : task,
+                [&](int64_t begin, int64_t end) {
+                  thread_local Scratch scratch;
+                  float* panel = reinterpret_cast<float*>(scratch.get(bytes));
+                  for (int64_t i = begin * unit; i < end * unit;) {
+                    const int64_t group = i / tasks, stop = std::min(end * unit, (group + 1) * tasks);
+                    for (int64_t part = 0; part < panels.parts; part++) panels.pack(group, part, panel);
+                    compute(group, i - group * tasks, stop - group * tasks, panel);
+                    i = stop;
+                  }
+                });
   }
 
  private:
@@ -77,7 +82,7 @@ class SparseConv {
 
   double row_group_cycles() const { return double(taps) / w.row_groups * positions + double(max_rows) * positions * 5; }
 
-  // Too few lane groups for the threads: all share in packing some of them, then in computing them.
+  // Too little work for each panel: all threads share in packing some of them, then in computing them.
   void together(int64_t bytes) {
     const int64_t threads = torch::stable::get_num_threads();
     thread_local Scratch scratch;

@@ -66,33 +66,27 @@ class ChannelsConv {
   }
 
   void run() {
-    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t threads = torch::stable::get_num_threads(), tasks = w.row_groups * tiles;
     const double taps = static_cast<double>(w.values_at - w.taps_at) / 2;
     const double task = (taps * 0.7 + double(max_rows) * 0.5) / static_cast<double>(w.row_groups) * t.nr * t.nc;
     const double packing = static_cast<double>(panel_floats) * 0.3;
-    const int64_t panel_bytes = std::max<int64_t>(panel_floats, 1) * sizeof(float), tasks = w.row_groups * tiles;
+    const int64_t panel_bytes = std::max<int64_t>(panel_floats, 1) * sizeof(float);
     const int64_t wave = std::max<int64_t>(1, (w.row_groups > 1 ? kWaveBytes : kSmallWaveBytes) / panel_bytes);
-    if (patches % threads == 0 || patches >= 8 * threads) {
-      in_parallel(patches, packing + task * static_cast<double>(tasks), [&](int64_t begin, int64_t end) {
-        thread_local Scratch scratch;
-        float* panels = reinterpret_cast<float*>(scratch.get(std::min(wave, end - begin) * panel_bytes));
-        for (int64_t first = begin; first < end; first += wave) {
-          const int64_t n = std::min(wave, end - first);
-          pack(first, n, 0, parts, panels);
-          compute(first, n, 0, n * tasks, panels);
-        }
-      });
-      return;
-    }
-    thread_local Scratch scratch;
-    const int64_t most = std::min(patches, wave * threads);
-    float* panels = reinterpret_cast<float*>(scratch.get(most * panel_bytes));
-    for (int64_t first = 0; first < patches; first += most) {
-      const int64_t n = std::min(most, patches - first);
-      in_parallel(parts, packing * static_cast<double>(n) / static_cast<double>(std::max<int64_t>(parts, 1)),
-                  [&](int64_t begin, int64_t end) { pack(first, n, begin, end, panels); });
-      in_parallel(n * tasks, task, [&](int64_t begin, int64_t end) { compute(first, n, begin, end, panels); });
-    }
+    // A thread packs panels and uses them while they are in its cache. Of the patch that two share each packs its own.
+    const int64_t unit = patches % threads == 0 || patches >= 8 * threads ? tasks : 1;
+    in_parallel(patches * tasks / unit, task * static_cast<double>(unit) + packing / static_cast<double>(tasks / unit),
+                [&](int64_t begin, int64_t end) {
+                  thread_local Scratch scratch;
+                  float* panels = reinterpret_cast<float*>(scratch.get(std::min(wave, patches) * panel_bytes));
+                  for (int64_t i = begin * unit, stop = end * unit; i < stop;) {
+                    const int64_t first = i / tasks, from = i - first * tasks;
+                    const int64_t n = from || stop - i < tasks ? 1 : std::min(wave, (stop - i) / tasks);
+                    const int64_t to = std::min(n * tasks, stop - first * tasks);
+                    pack(first, n, 0, parts, panels);
+                    compute(first, n, from, to, panels);
+                    i = first * tasks + to;
+                  }
+                });
   }
 
  private:
