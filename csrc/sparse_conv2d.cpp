@@ -381,6 +381,12 @@ void join_pixels(Problem& p, const Conv& c, const Ints& padding) {
   p.N = p.H = p.OH = 1;
 }
 
+Target target_of(const Problem& p, const Ints& padding, bool channels_last) {
+  const auto at_least_one = [](int64_t v) { return std::max<int64_t>(v, 1); };
+  const bool unpadded = std::all_of(padding.begin(), padding.end(), [](int64_t v) { return v == 0; });
+  return {at_least_one(p.N), p.OH, p.OW, channels_last, unpadded, kernels().lanes};
+}
+
 const float* fetch_values(const Weight& w, const Packed& packed) {
   thread_local Scratch scratch;
   const int64_t n = packed.stored ? packed.value_count() : 0;
@@ -410,12 +416,6 @@ Problem sizes_of(const Conv& c, const Ints& x_shape, const Ints& padding) {
   p.N = x_shape[0], p.H = x_shape[2], p.W = x_shape[3], p.top = padding[0], p.left = padding[2];
   p.OH = out.OH, p.OW = out.OW;
   return p;
-}
-
-Target target_of(const Problem& p, const Ints& padding, bool channels_last) {
-  const auto at_least_one = [](int64_t v) { return std::max<int64_t>(v, 1); };
-  const bool unpadded = std::all_of(padding.begin(), padding.end(), [](int64_t v) { return v == 0; });
-  return {at_least_one(p.N), p.OH, p.OW, channels_last, unpadded, kernels().lanes};
 }
 
 Tensor sparse_conv2d_pack_cpu(Tensor values, Tensor crow, Tensor col, Ints shape, Ints block, Ints stride, Ints padding,

@@ -50,6 +50,8 @@ void join_pixels(Problem& problem, const Conv& conv, const Ints& padding);
 Weight weight_of(const Tensor& values, const Tensor& crow, const Tensor& col, const Ints& shape, const Ints& block,
                  const Ints& stride, const Ints& dilation, int64_t groups);
 
+Target target_of(const Problem& problem, const Ints& padding, bool channels_last);
+
 // The values in the order of the packed structure, in scratch that lasts until this thread's next call.
 const float* fetch_values(const Weight& w, const Packed& packed);
 

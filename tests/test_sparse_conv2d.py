@@ -478,7 +478,7 @@ def test_packed_weight_is_kept_and_renewed(change):
     assert len(kept) == (change in ("nothing", "another x"))
     assert len(held) == {"another x": 2, "inference tensors": 0}.get(change, 1)
     if change == "grad mode":  # the structure alone, which no step changes
-        assert not any(t.data_ptr() == weight.values.data_ptr() for t in weight.packed.forward._tensors)
+        assert not any(t.data_ptr() == weight.values.data_ptr() for t in weight.packed.forward._state[2])
 
 
 @cases.needs_native

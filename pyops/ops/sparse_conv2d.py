@@ -500,7 +500,7 @@ class _Function(torch.autograd.Function):
         return None, *_gradients(ctx, grad, ctx.needs_input_grad[1:])
 
 
-_dispatch_modes = torch._C._len_torch_dispatch_stack
+_dispatch_modes, _profiling = torch._C._len_torch_dispatch_stack, torch.autograd._profiler_enabled
 
 
 def dispatch(
@@ -531,10 +531,17 @@ def dispatch(
         or (residual is not None and residual.requires_grad)
     ):
         return _Function.apply(packed_dx, *args)
-    with torch._C._AutoDispatchBelowAutograd():
-        # A packed form means the CPU kernels; the op's way to them takes as long as a small layer.
-        if packed is not None and (bias is None or bias.dtype in PACKED_DTYPES) and not _dispatch_modes():
-            from pyops.ops.sparse_conv2d_native import native
+    # A packed form means the CPU kernels; the dispatcher's way to them takes as long as a small layer.
+    if (
+        packed is not None
+        and (bias is None or bias.dtype in PACKED_DTYPES)
+        and not _dispatch_modes()
+        and not _profiling()
+    ):
+        from pyops.ops.sparse_conv2d_native import direct
 
-            return native(*args)
+        y = direct(x, bias, residual, shape, stride, padding, dilation, activation, packed)
+        if y is not None:
+            return y
+    with torch._C._AutoDispatchBelowAutograd():
         return _op(*args)

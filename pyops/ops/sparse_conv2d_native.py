@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from pyops import backend
 from pyops.ops.registry import library
-from pyops.ops.sparse_conv2d import sparse_conv2d_dw_ref, sparse_conv2d_dx_ref, sparse_conv2d_ref
-from pyops.ops.sparse_packed import PACKED_DTYPES, has_native, has_native_dx
+from pyops.ops.sparse_conv2d import output_size, sparse_conv2d_dw_ref, sparse_conv2d_dx_ref, sparse_conv2d_ref
+from pyops.ops.sparse_packed import PACKED_DTYPES, has_native, has_native_dx, is_channels_last
 
 library.define(
     "sparse_conv2d_native(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, int[] weight_shape, "
@@ -21,7 +22,7 @@ library.define(
     "sparse_conv2d_dw_native(Tensor grad, Tensor x, Tensor crow_indices, Tensor col_indices, int[] weight_shape, "
     "int[] block, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor"
 )
-native = torch.ops.pyops.sparse_conv2d_native.default
+_native = torch.ops.pyops.sparse_conv2d_native.default
 _native_dx = torch.ops.pyops.sparse_conv2d_dx_native.default
 _native_dw = torch.ops.pyops.sparse_conv2d_dw_native.default
 
@@ -46,8 +47,38 @@ def sparse_conv2d(
     args = (x, values, crow_indices, col_indices, weight_shape, block, bias, residual, stride, padding, dilation)
     narrow = all(t is None or t.dtype in PACKED_DTYPES for t in (x, values, bias))
     if narrow and has_native(weight_shape, stride, dilation):
-        return native(*args, groups, activation, packed)
+        return _native(*args, groups, activation, packed)
     return sparse_conv2d_ref(*args, groups, activation)
+
+
+def direct(x, bias, residual, weight_shape, stride, padding, dilation, activation, packed) -> torch.Tensor | None:
+    """The CPU kernels, past the dispatcher; None if they cannot use this packed form of the weight."""
+    last = is_channels_last(x)
+    x = x if last else x.contiguous()
+    form = torch.channels_last if last else torch.contiguous_format
+    size = output_size(x.shape, weight_shape, stride, padding, dilation)
+    y = torch.empty(size, dtype=x.dtype, memory_format=form)
+    if y.numel() == 0:
+        return y
+    if bias is not None:
+        bias = bias.contiguous()
+    if residual is not None and not (residual.is_contiguous(memory_format=form) and is_channels_last(residual) == last):
+        residual = torch.empty_like(y).copy_(residual)
+    done = backend.native.sparse_conv2d(
+        packed.data_ptr(),
+        packed.numel(),
+        x.shape,
+        padding,
+        last,
+        x.dtype == torch.bfloat16,
+        activation,
+        x.data_ptr(),
+        y.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        bias is not None and bias.dtype == torch.bfloat16,
+        0 if residual is None else residual.data_ptr(),
+    )
+    return y if done else None
 
 
 def sparse_conv2d_dx(

@@ -8,7 +8,6 @@ for a few shapes, as long as nothing else that they depend on changes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 
@@ -21,37 +20,47 @@ MOST_SHAPES = 4
 
 
 class Blobs:
-    """Packed forms of one weight, by the memory format and shape of x."""
+    """Packed forms of one weight, by the memory format and shape of x.
 
-    __slots__ = ("_key", "_tensors", "by_shape")
+    Threads may share it: what they race for is set in one piece, and the worst is that one packs in vain.
+    """
+
+    __slots__ = ("_state",)
 
     def __init__(self) -> None:
-        self.by_shape: dict[tuple, torch.Tensor] = {}
-        self._key: tuple | None = None
-        self._tensors: tuple[torch.Tensor, ...] = ()  # held so that no other can come to lie at their address
+        # (key, blobs by shape, tensors that are held so that no other can come to lie at their address)
+        self._state: tuple[tuple | None, dict[tuple, torch.Tensor], tuple[torch.Tensor, ...]] = (None, {}, ())
 
-    def get(self, watched: tuple[torch.Tensor, ...], window: tuple, shape: tuple, pack: Callable) -> torch.Tensor:
-        """`pack()`, or what it gave before for the same state of the tensors, the same window and a shape alike."""
-        key = (*[v for t in watched for v in (t.data_ptr(), t._version)], window)
-        if key != self._key:
-            self.clear()
-            self._key, self._tensors = key, tuple(t.detach() for t in watched)
-        blob = self.by_shape.get(shape)
-        return self._another(shape, pack) if blob is None else blob
+    @property
+    def by_shape(self) -> dict[tuple, torch.Tensor]:
+        """Those that are kept."""
+        return self._state[1]
 
-    def _another(self, shape: tuple, pack: Callable) -> torch.Tensor:
-        if len(self.by_shape) >= MOST_SHAPES:
-            alike = [other for other in self.by_shape if other[0] == shape[0]]
-            if alike:
-                return self.by_shape[min(alike, key=lambda other: abs(_log_pixels(other) - _log_pixels(shape)))]
-            del self.by_shape[next(iter(self.by_shape))]
-        self.by_shape[shape] = blob = pack()
+    def find(self, key: tuple, shape: tuple) -> torch.Tensor | None:
+        """What was made under this key: for this shape, or if there is no room for more, for one alike."""
+        made_for, blobs, _ = self._state
+        if key != made_for:
+            return None
+        blob = blobs.get(shape)
+        if blob is None and len(blobs) >= MOST_SHAPES:
+            alike = [(abs(_log_pixels(s) - _log_pixels(shape)), b) for s, b in list(blobs.items()) if s[0] == shape[0]]
+            blob = min(alike, key=lambda one: one[0])[1] if alike else None
+        return blob
+
+    def keep(self, key: tuple, shape: tuple, blob: torch.Tensor, watched: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """`blob`, to be found again."""
+        made_for, blobs, _ = self._state
+        if key != made_for:
+            self._state = (key, {shape: blob}, tuple(t.detach() for t in watched))
+            return blob
+        if len(blobs) >= MOST_SHAPES:
+            blobs.pop(next(iter(list(blobs))), None)
+        blobs[shape] = blob
         return blob
 
     def clear(self) -> None:
         """Forget them."""
-        self.by_shape.clear()
-        self._key, self._tensors = None, ()
+        self._state = (None, {}, ())
 
 
 def _log_pixels(shape: tuple) -> float:
@@ -78,36 +87,40 @@ class PackedCache:
         Of a weight that autograd follows only the structure is kept: the values change at every step, and some
         optimizers write to `.data`, which leaves no trace.
         """
-        if torch.compiler.is_compiling() or not packs(x, values) or not has_native(shape, stride, dilation):
+        if torch.compiler.is_compiling() or not packs(x, values):
             return None
         if values.is_inference() or crow.is_inference() or col.is_inference():
             self.forward.clear()
             return None
         trained = values.requires_grad and torch.is_grad_enabled()
-        watched = (crow, col) if trained else (crow, col, values)
         window = (stride, padding, dilation, groups)
+        key = (crow.data_ptr(), crow._version, col.data_ptr(), col._version, window)
+        key = key if trained else (values.data_ptr(), values._version, *key)
         channels_last = is_channels_last(x)
-
-        def pack() -> torch.Tensor:
-            weight = (values.detach(), crow, col, shape, block)
-            return torch.ops.pyops.sparse_conv2d_pack(*weight, *window, x.shape, channels_last, not trained)
-
-        return self.forward.get(watched, window, (channels_last, *x.shape), pack)
+        seen = (channels_last, *x.shape)
+        blob = self.forward.find(key, seen)
+        if blob is not None or not has_native(shape, stride, dilation):
+            return blob
+        weight = (values.detach(), crow, col, shape, block)
+        blob = torch.ops.pyops.sparse_conv2d_pack(*weight, *window, x.shape, channels_last, not trained)
+        return self.forward.keep(key, seen, blob, (crow, col) if trained else (crow, col, values))
 
     def get_dx(self, x, values, crow, col, shape, block, stride, padding, dilation, groups) -> torch.Tensor | None:
         """The blob for `sparse_conv2d_dx`, the structure alone, or None where nobody will ask for x's gradient."""
         if not (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling() or not packs(x, values):
             return None
-        if crow.is_inference() or col.is_inference() or not has_native_dx(shape, stride, dilation):
+        if crow.is_inference() or col.is_inference():
             return None
         window = (stride, padding, dilation, groups)
+        key = (crow.data_ptr(), crow._version, col.data_ptr(), col._version, window)
         channels_last = is_channels_last(x)
-
-        def pack() -> torch.Tensor:
-            weight = (values.detach(), crow, col, shape, block)
-            return torch.ops.pyops.sparse_conv2d_pack_dx(*weight, *window, x.shape, channels_last)
-
-        return self.dx.get((crow, col), window, (channels_last, *x.shape), pack)
+        seen = (channels_last, *x.shape)
+        blob = self.dx.find(key, seen)
+        if blob is not None or not has_native_dx(shape, stride, dilation):
+            return blob
+        weight = (values.detach(), crow, col, shape, block)
+        blob = torch.ops.pyops.sparse_conv2d_pack_dx(*weight, *window, x.shape, channels_last)
+        return self.dx.keep(key, seen, blob, (crow, col))
 
     def __deepcopy__(self, memo: dict) -> PackedCache:
         return PackedCache()
@@ -142,7 +155,7 @@ def packs(x: torch.Tensor, values: torch.Tensor) -> bool:
     """True if the kernel that x goes to reads a packed form."""
     return (
         backend.native is not None
-        and x.device.type == "cpu"
+        and x.is_cpu
         and x.dtype in PACKED_DTYPES
         and values.dtype in (*PACKED_DTYPES, torch.int8)
         and type(x) in PLAIN
