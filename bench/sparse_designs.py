@@ -1,7 +1,7 @@
 """Cases of sparse_designs: the CPU kernels against each other, on weights in blocks of 16 output channels.
 
 Such a weight can be computed by each of them, so that nothing but the design differs: pixels as lanes, with pairs of
-rows, 4 or 8 rows at once, or channels as lanes. What `sparse_conv2d` chooses is the last peer.
+rows, 4 or 8 rows at once, or channels as lanes. Ours is what `sparse_conv2d` chooses.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ class _Design(Peer):
 
     def _instance(self, inputs: Inputs, memory_format: torch.memory_format) -> Instance:
         from pyops.ops import SparseWeight
+        from pyops.ops.sparse_conv2d import dispatch
         from pyops.ops.sparse_packed import is_channels_last
 
         dims = inputs["case"].dims
@@ -39,7 +40,7 @@ class _Design(Peer):
         window = ((dims["stride"],) * 2, (dims["pad"],) * 4, (1, 1), 1)
         packed = torch.ops.pyops.sparse_conv2d_pack(*w, *window, x.shape, is_channels_last(x), True, [self.rows])
         args = (x, *w, inputs["bias"], None, *window, "none", packed)
-        return Instance(lambda: torch.ops.pyops.sparse_conv2d(*args))
+        return Instance(lambda: dispatch(*args))  # as the layers do
 
 
 class Pairs(_Design):

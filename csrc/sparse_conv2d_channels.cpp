@@ -146,8 +146,7 @@ class ChannelsConv {
     }
   }
 
-  // channels_last, 16 pixels at a time, row by row: a vector that reaches beyond its row is overwritten by the next
-  // one.
+  // channels_last, 16 pixels at a time; rows are whole vectors.
   void pack_pixels(int64_t first, int64_t n, int64_t begin, int64_t end, float* panels) const {
     const int64_t C = conv.C;
     const T* x = static_cast<const T*>(p.x);

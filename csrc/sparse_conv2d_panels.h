@@ -180,8 +180,9 @@ class Panels {
       for (int l = 0; l < L; l++) {
         const int64_t y = lanes.y[l] * conv.sh - out.top + rows_at[row];
         in_rows |= uint32_t(y >= 0 && y < image.H) << l;
-        lane[l] =
-            lanes.n[l] < 0 ? 0 : lanes.n[l] * image.C * area + std::clamp<int64_t>(y, 0, image.H - 1) * image.W + x0[l];
+        lane[l] = lanes.n[l] < 0 ? 0
+                                 : lanes.n[l] * image.C * area +
+                                       std::clamp<int64_t>(y, 0, std::max<int64_t>(image.H - 1, 0)) * image.W + x0[l];
         low = std::min(low, lane[l]), high = std::max(high, lane[l]);
       }
       for (int64_t e = 0; e < cols; e++) valid[e] = inside[e] & in_rows;

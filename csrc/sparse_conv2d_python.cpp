@@ -12,14 +12,16 @@ namespace pyops::sparse {
 namespace {
 
 // False, and nothing done, if the packed form is not for this machine, layout or padding, or has no values.
-bool run_packed(uintptr_t packed, int64_t packed_bytes, const Ints& x_shape, const Ints& padding, bool channels_last,
-                bool half, const std::string& activation, uintptr_t x, uintptr_t y, uintptr_t bias, bool half_bias,
-                uintptr_t residual) {
+bool run_packed(uintptr_t packed, int64_t packed_bytes, const Ints& shape, const Ints& x_shape, const Ints& padding,
+                bool channels_last, bool half, const std::string& activation, uintptr_t x, uintptr_t y,
+                int64_t y_elements, uintptr_t bias, bool half_bias, uintptr_t residual) {
   const Packed& w = *reinterpret_cast<const Packed*>(packed);
   STD_TORCH_CHECK(
       packed_bytes >= int64_t(sizeof(Packed)) && sealed(w) && w.bytes == packed_bytes && !w.kind.order && !w.starts_at,
       "sparse_conv2d: packed is not the packed form of this weight");
   const OutputSize out = output_size(w.conv, x_shape, padding);
+  STD_TORCH_CHECK(y_elements == x_shape[0] * w.conv.O * out.OH * out.OW, "sparse_conv2d: y has ", y_elements,
+                  " elements");
   Problem p{};
   p.N = x_shape[0], p.H = x_shape[2], p.W = x_shape[3], p.top = padding[0], p.left = padding[2];
   p.OH = out.OH, p.OW = out.OW;

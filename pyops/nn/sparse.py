@@ -162,6 +162,8 @@ class SparseLayer(nn.Module):
         buffers, parameters = self._buffers, self._parameters
         values = parameters["values"] if "values" in parameters else self.values  # noqa: SIM401
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
+        if values.device != x.device:
+            raise ValueError(f"x is on {x.device}, the layer's weight on {values.device}")
         structure = (buffers["crow_indices"], buffers["col_indices"], buffers["block_mask"])
         window = (stride, padding, dilation, self.groups)
         block = tuple(values.shape[1:])

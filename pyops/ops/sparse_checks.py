@@ -112,6 +112,8 @@ def _check_addends(x: torch.Tensor, bias: Any, residual: Any, O: int, y_shape: t
 def _check_tensor(name: str, t: Any, x: torch.Tensor | None) -> None:
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.layout is not torch.strided or t.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got {'nested' if t.is_nested else t.layout}")
     if t.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} has dtype {t.dtype}; allowed: {', '.join(map(str, FLOAT_DTYPES))}")
     if x is not None and t.device != x.device:

@@ -27,11 +27,12 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from pyops.ops.epilogue import activation_backward, epilogue_ref
 from pyops.ops.registry import library, register
 from pyops.ops.sparse_checks import check_args, check_linear_args, check_padding, check_pair, check_weight
-from pyops.ops.sparse_packed import PACKED_DTYPES, PackedCache, is_channels_last
+from pyops.ops.sparse_packed import PACKED_DTYPES, PackedCache, is_channels_last, is_plain
 from pyops.ops.sparse_weight import Ints, SparseWeight, block_rows, gather_blocks, scatter_blocks
 
 _WEIGHT = "Tensor values, Tensor crow_indices, Tensor col_indices, int[] weight_shape, int[] block"
@@ -149,7 +150,9 @@ def _wide(a: torch.Tensor, b: torch.Tensor) -> torch.dtype:
 def padded(x: torch.Tensor, padding: Ints) -> torch.Tensor:
     """x with zeros around its images."""
     top, bottom, left, right = padding
-    return F.pad(x, (left, right, top, bottom)) if any(padding) else x
+    y = F.pad(x, (left, right, top, bottom)) if any(padding) else x
+    # One channel is NCHW and channels_last at once; with the strides of the latter oneDNN reads the wrong pixels.
+    return y.reshape(-1).view(y.shape) if y.shape[1] == 1 and y.numel() else y
 
 
 def empty_image(x: torch.Tensor, shape: Ints) -> torch.Tensor:
@@ -500,7 +503,13 @@ class _Function(torch.autograd.Function):
         return None, *_gradients(ctx, grad, ctx.needs_input_grad[1:])
 
 
-_dispatch_modes, _profiling = torch._C._len_torch_dispatch_stack, torch.autograd._profiler_enabled
+_profiling = torch.autograd._profiler_enabled
+
+
+def refuse_tangents(*tensors: torch.Tensor | None) -> None:
+    """Raise NotImplementedError if one of them carries a tangent, which would be lost."""
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError("sparse convolution has no forward-mode derivative (jvp); use backward")
 
 
 def dispatch(
@@ -522,7 +531,11 @@ def dispatch(
 ):
     """The op, for arguments that are known to be right, past the dispatcher's autograd layer where that is possible."""
     args = (x, values, crow, col, shape, block, bias, residual, stride, padding, dilation, groups, activation, packed)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        return _op(*args)
+    if forward_ad._current_level >= 0:
+        refuse_tangents(x, values, bias, residual)
+    if torch._C._are_functorch_transforms_active():
         return _op(*args)
     if torch.is_grad_enabled() and (
         x.requires_grad
@@ -534,11 +547,12 @@ def dispatch(
     # A packed form means the CPU kernels; the dispatcher's way to them takes as long as a small layer.
     if (
         packed is not None
-        and (bias is None or bias.dtype in PACKED_DTYPES)
-        and not _dispatch_modes()
+        and is_plain(x)
+        and (bias is None or (bias.dtype in PACKED_DTYPES and is_plain(bias)))
+        and (residual is None or is_plain(residual))
         and not _profiling()
     ):
-        from pyops.ops.sparse_conv2d_native import direct
+        from pyops.ops.sparse_conv2d_native import direct  # not before the first call: it imports this module
 
         y = direct(x, bias, residual, shape, stride, padding, dilation, activation, packed)
         if y is not None:

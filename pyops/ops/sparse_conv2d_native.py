@@ -52,21 +52,24 @@ def sparse_conv2d(
 
 
 def direct(x, bias, residual, weight_shape, stride, padding, dilation, activation, packed) -> torch.Tensor | None:
-    """The CPU kernels, past the dispatcher; None if they cannot use this packed form of the weight."""
+    """The CPU kernels, past the dispatcher; None if they cannot use this packed form of the weight.
+
+    x, bias and residual are plain (`is_plain`): what they hold is what lies at their data_ptr.
+    """
     last = is_channels_last(x)
     x = x if last else x.contiguous()
     form = torch.channels_last if last else torch.contiguous_format
     size = output_size(x.shape, weight_shape, stride, padding, dilation)
-    y = torch.empty(size, dtype=x.dtype, memory_format=form)
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=form)
     if y.numel() == 0:
         return y
-    if bias is not None:
-        bias = bias.contiguous()
+    bias = None if bias is None else bias.contiguous()
     if residual is not None and not (residual.is_contiguous(memory_format=form) and is_channels_last(residual) == last):
         residual = torch.empty_like(y).copy_(residual)
     done = backend.native.sparse_conv2d(
         packed.data_ptr(),
         packed.numel(),
+        weight_shape,
         x.shape,
         padding,
         last,
@@ -74,6 +77,7 @@ def direct(x, bias, residual, weight_shape, stride, padding, dilation, activatio
         activation,
         x.data_ptr(),
         y.data_ptr(),
+        y.numel(),
         0 if bias is None else bias.data_ptr(),
         bias is not None and bias.dtype == torch.bfloat16,
         0 if residual is None else residual.data_ptr(),

@@ -71,39 +71,45 @@ def _log_pixels(shape: tuple) -> float:
 class PackedCache:
     """The packed forms of one weight. A copy and a pickle of it are empty."""
 
-    __slots__ = ("dx", "forward")
+    __slots__ = ("dx", "forward", "trained")
 
     def __init__(self) -> None:
-        self.forward, self.dx = Blobs(), Blobs()  # dx: for the gradient of x
+        self.forward, self.trained, self.dx = Blobs(), Blobs(), Blobs()  # with values, without, for the gradient of x
 
     def clear(self) -> None:
         """Forget the blobs."""
         self.forward.clear()
+        self.trained.clear()
         self.dx.clear()
 
     def get(self, x, values, crow, col, shape, block, stride, padding, dilation, groups) -> torch.Tensor | None:
         """The blob for these arguments of `sparse_conv2d`, or None where its kernel has none or has to pack itself.
 
-        Of a weight that autograd follows only the structure is kept: the values change at every step, and some
-        optimizers write to `.data`, which leaves no trace.
+        Of a weight that autograd follows, or that lies in shared memory, only the structure is kept: the values change
+        at every step, and some optimizers write to `.data`, which leaves no trace.
         """
         if torch.compiler.is_compiling() or not packs(x, values):
             return None
         if values.is_inference() or crow.is_inference() or col.is_inference():
             self.forward.clear()
             return None
-        trained = values.requires_grad and torch.is_grad_enabled()
         window = (stride, padding, dilation, groups)
-        key = (crow.data_ptr(), crow._version, col.data_ptr(), col._version, window)
-        key = key if trained else (values.data_ptr(), values._version, *key)
+        structure_key = (crow.data_ptr(), crow._version, col.data_ptr(), col._version, window)
         channels_last = is_channels_last(x)
         seen = (channels_last, *x.shape)
-        blob = self.forward.find(key, seen)
+        trained = values.requires_grad and torch.is_grad_enabled()
+        key = (values.data_ptr(), values._version, *structure_key)
+        blob = None if trained else self.forward.find(key, seen)
+        if blob is None and (trained or values.is_shared()):
+            trained, key = True, structure_key
+            blob = self.trained.find(key, seen)
         if blob is not None or not has_native(shape, stride, dilation):
             return blob
         weight = (values.detach(), crow, col, shape, block)
         blob = torch.ops.pyops.sparse_conv2d_pack(*weight, *window, x.shape, channels_last, not trained)
-        return self.forward.keep(key, seen, blob, (crow, col) if trained else (crow, col, values))
+        if trained:
+            return self.trained.keep(key, seen, blob, (crow, col))
+        return self.forward.keep(key, seen, blob, (crow, col, values))
 
     def get_dx(self, x, values, crow, col, shape, block, stride, padding, dilation, groups) -> torch.Tensor | None:
         """The blob for `sparse_conv2d_dx`, the structure alone, or None where nobody will ask for x's gradient."""
@@ -131,6 +137,8 @@ class PackedCache:
 
 MOST_TAPS = 64
 """In each direction, of a weight that the CPU kernels take."""
+MOST_SIZE = 2**24
+"""Of a dimension of the weight; strides and dilations may be a sixteenth of it."""
 MOST_REACH = 8191
 """Pixels of the window of one output pixel: the CPU kernels number the vectors of 16 such windows, in eights of bytes,
 with 16 bits."""
@@ -140,7 +148,8 @@ def has_native(weight_shape, stride, dilation) -> bool:
     """True if the CPU kernels take a weight of this shape: its window is not too large."""
     kernel = weight_shape[2:]
     reach = [d * (k - 1) + min(s, k) for k, s, d in zip(kernel, stride, dilation, strict=True)]
-    return max(kernel) <= MOST_TAPS and reach[0] * reach[1] <= MOST_REACH
+    sizes = max(*weight_shape, *(16 * v for v in (*stride, *dilation)))
+    return max(kernel) <= MOST_TAPS and reach[0] * reach[1] <= MOST_REACH and sizes < MOST_SIZE
 
 
 def has_native_dx(weight_shape, stride, dilation) -> bool:
@@ -162,7 +171,13 @@ def packs(x: torch.Tensor, values: torch.Tensor) -> bool:
         and type(values) in PLAIN
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None  # a trace would hold on to the blob
+        and not torch._C._len_torch_dispatch_stack()  # so would one by dispatch mode
     )
+
+
+def is_plain(t: torch.Tensor) -> bool:
+    """True if what t holds lies as it is at its data_ptr, and nobody else has a say in what is done with it."""
+    return type(t) in PLAIN and not t.is_neg() and not t._is_zerotensor()
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
