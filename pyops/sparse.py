@@ -230,7 +230,7 @@ class Sparse(Config):
         advice = _other_format_is_best(ms, ms[best or DENSE])
         if best is None:
             row.pays_from = pays_from(ms, found, self.min_gain)
-            row.add(_why_dense(ms, found, told, self, row.pays_from) + advice)
+            row.add(_why_dense(ms, found, told, self, row.pays_from, captured.x.device.type) + advice)
             return None
         new = made.get(best) or self._made(module, best, expected, captured)
         if new.wrong:  # times of another layer, or from the cache, but this weight
@@ -283,12 +283,16 @@ def _known(ms: dict[str, float] | None, names: list[str]) -> dict[str, float] | 
     return ms if ms is not None and {DENSE, *names} <= ms.keys() <= allowed else None
 
 
-def _why_dense(ms: Mapping[str, float], found: Structure, told: str, config: Sparse, pays: float | None) -> str:
+def _why_dense(
+    ms: Mapping[str, float], found: Structure, told: str, config: Sparse, pays: float | None, device: str
+) -> str:
     reasons = [f"not {config.min_gain:.0%} faster sparse: {told}"]
     if pays is not None:
         reasons.append(f"{best_pattern(ms, found)} would pay from a sparsity of about {pays:.0%}")
     if ms.get(BLOCKED, math.inf) <= (1 - config.min_gain) * ms[DENSE]:
         reasons.append(f"at this sparsity oc_block16 would pay: {ms[BLOCKED]:.4g} ms")
+    if device == "cuda" and not any(pattern.startswith("block") for pattern in found.stored):
+        reasons.append("on a GPU only square blocks (block16 to block64) have a sparse kernel, others run dense")
     if (found.dead_outputs or found.dead_inputs) and not config.remove_channels:
         reasons.append("remove_channels=True may remove dead channels across layers")
     return "; ".join(reasons)

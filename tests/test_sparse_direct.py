@@ -103,6 +103,15 @@ def test_values_in_shared_memory_are_read_at_every_call():
         torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias), rtol=1e-4, atol=1e-4)
 
 
+def test_values_written_by_numpy_after_clear_packed():
+    layer, x = SparseConv2d(4, 6, 3, bias=False), randn(1, 4, 5, 5)
+    with torch.no_grad():
+        assert layer(x).any()
+        layer.values.detach().numpy()[:] = 0
+        layer.clear_packed()
+        assert not layer(x).any()
+
+
 @cases.needs_native
 def test_training_and_evaluation_in_turns_keep_their_packed_forms():
     layer, x = SparseConv2d(4, 6, 3), randn(1, 4, 5, 5)

@@ -16,8 +16,11 @@ from torch import nn
 
 import pyops
 from pyops import measure
+from pyops.choose import DENSE
 from pyops.nn import Int8SparseConv2d, SparseConv2d
 from pyops.report import UNCHANGED
+from pyops.sparse import _why_dense
+from pyops.structure import structure_of
 
 
 @pytest.fixture(autouse=True)
@@ -240,3 +243,9 @@ def test_a_model_with_large_inputs_runs_several_times(times, monkeypatch):
     assert shapes == [4, 32, None, 16, 8], "all but that of the depthwise layer"
     assert (rows["0"].choice, rows["2"].choice) == ("sparse_oc_block16", "sparse_unstructured")
     torch.testing.assert_close(model(X), y, rtol=1e-4, atol=1e-5)
+
+
+def test_on_a_gpu_the_report_says_what_runs_dense():
+    ms, found = {DENSE: 1.0, "unstructured": 1.0}, structure_of(torch.ones(4, 4, 1, 1, dtype=torch.bool), 1, 0.25)
+    assert "others run dense" in _why_dense(ms, found, "", pyops.Sparse(), None, "cuda")
+    assert "others run dense" not in _why_dense(ms, found, "", pyops.Sparse(), None, "cpu")

@@ -119,6 +119,10 @@ class SparseLayer(nn.Module):
         structure = (self.crow_indices, self.col_indices, self.block_mask, self.weight_shape, self.block, self.groups)
         return 1 - int(kept_positions(*structure).sum()) / max(math.prod(self.weight_shape), 1)
 
+    def clear_packed(self) -> None:
+        """Forget the packed forms of the weight, as after a change of `values` that leaves no trace (by numpy, say)."""
+        self._packed.clear()
+
     def _hold(self, weight: SparseWeight) -> None:
         self.values = nn.Parameter(weight.values)
         self.register_buffer("crow_indices", weight.crow_indices)
