@@ -98,6 +98,8 @@ class PackedCache:
         channels_last = is_channels_last(x)
         seen = (channels_last, *x.shape)
         trained = values.requires_grad and torch.is_grad_enabled()
+        if trained:
+            self.forward.clear()  # a step follows
         key = (values.data_ptr(), values._version, *structure_key)
         blob = None if trained else self.forward.find(key, seen)
         if blob is None and (trained or values.is_shared()):
