@@ -30,7 +30,7 @@ OP = Op(
         dataclasses.replace(
             _case("resnet50", shape, 1, Pruning("oc_block16", percent)),
             group=f"{percent} %",
-            label="{}-{}-{}x{}s{}@{}".format(*shape[:3], *shape[2:]),
+            label="{}-{}\n{}×{}s{}@{}".format(*shape[:3], *shape[2:]),
             family=None,
             shared=None,
         )

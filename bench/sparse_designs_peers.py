@@ -8,12 +8,12 @@ import torch
 
 from pyops.bench.case import Inputs
 from pyops.bench.peers import Instance, Peer
-from pyops.bench.sparse_conv2d_peers import FORMATS, Pyops, TorchChannelsLast
+from pyops.bench.sparse_conv2d_peers import FORMATS, TorchChannelsLast
 
 
 class _Design(Peer):
-    rows: int
-    """Output channels at once."""
+    rows: int | None = None
+    """Output channels at once; None: whatever is chosen."""
 
     @classmethod
     def missing(cls, device: str) -> str | None:
@@ -38,9 +38,16 @@ class _Design(Peer):
         weight = SparseWeight.from_dense(inputs["w"], pattern=inputs["case"].pattern)
         w = (weight.values, weight.crow_indices, weight.col_indices, weight.shape, weight.block)
         window = ((dims["stride"],) * 2, (dims["pad"],) * 4, (1, 1), 1)
-        packed = torch.ops.pyops.sparse_conv2d_pack(*w, *window, x.shape, is_channels_last(x), True, [self.rows])
+        tiling = [] if self.rows is None else [self.rows]
+        packed = torch.ops.pyops.sparse_conv2d_pack(*w, *window, x.shape, is_channels_last(x), True, tiling)
         args = (x, *w, inputs["bias"], None, *window, "none", packed)
         return Instance(lambda: dispatch(*args))  # as the layers do
+
+
+class Chosen(_Design):
+    """What the op takes."""
+
+    name, role, runs = "pyops", "ours", "the design that is chosen when the weight is packed"
 
 
 class Pairs(_Design):
@@ -73,4 +80,4 @@ class Dense(TorchChannelsLast):
     role = "baseline"
 
 
-PEERS: list[type[Peer]] = [Pyops, Dense, Pairs, Fours, Eights, Channels]
+PEERS: list[type[Peer]] = [Chosen, Dense, Pairs, Fours, Eights, Channels]
