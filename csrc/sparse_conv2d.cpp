@@ -162,17 +162,13 @@ class SparseConv {
                                p.residual ? Activation::none : p.activation});
   }
 
-  static void prefetch(const T* p, int64_t n) {
-    for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(p + i, 0, 2);
-  }
-
   void store_flat(int64_t group, int64_t row_group, const float* s_x, float* acc) {
     const RowGroup& rows = w.groups()[row_group];
     const int64_t area = p.OH * p.OW, all = p.N * area, first = group * t.nc * L;
     for (int32_t o = rows.o0; o < rows.o1; o++) {
       const float* from = acc + w.row_of()[o] * positions * L;
       if (p.int8) dequantize(row_group, w.row_of()[o], 1, s_x, acc);
-      if (o + kAhead < rows.o1) prefetch(y() + (first / area * conv.O + o + kAhead) * area + first % area, t.nc * L);
+      if (o + kAhead < rows.o1) fetch_lines(y() + (first / area * conv.O + o + kAhead) * area + first % area, t.nc * L);
       for (int64_t pixel = first, end = std::min(all, first + t.nc * L); pixel < end;) {
         const int64_t n = std::min(end, (pixel / area + 1) * area) - pixel;
         const int64_t at = (pixel / area * conv.O + o) * area + pixel % area;
@@ -381,6 +377,14 @@ void join_pixels(Problem& p, const Conv& c, const Ints& padding) {
   p.N = p.H = p.OH = 1;
 }
 
+Problem sizes_of(const Conv& c, const Ints& x_shape, const Ints& padding) {
+  const OutputSize out = output_size(c, x_shape, padding);
+  Problem p{};
+  p.N = x_shape[0], p.H = x_shape[2], p.W = x_shape[3], p.top = padding[0], p.left = padding[2];
+  p.OH = out.OH, p.OW = out.OW;
+  return p;
+}
+
 Target target_of(const Problem& p, const Ints& padding, bool channels_last) {
   const auto at_least_one = [](int64_t v) { return std::max<int64_t>(v, 1); };
   const bool unpadded = std::all_of(padding.begin(), padding.end(), [](int64_t v) { return v == 0; });
@@ -407,15 +411,6 @@ Ints seen(const Weight& w, const Ints& shape, int64_t groups, Ints x_shape) {
                   shape[1] * groups, " channels");
   x_shape[1] = w.conv.C;
   return x_shape;
-}
-
-// Sizes of a call: input and output.
-Problem sizes_of(const Conv& c, const Ints& x_shape, const Ints& padding) {
-  const OutputSize out = output_size(c, x_shape, padding);
-  Problem p{};
-  p.N = x_shape[0], p.H = x_shape[2], p.W = x_shape[3], p.top = padding[0], p.left = padding[2];
-  p.OH = out.OH, p.OW = out.OW;
-  return p;
 }
 
 Tensor sparse_conv2d_pack_cpu(Tensor values, Tensor crow, Tensor col, Ints shape, Ints block, Ints stride, Ints padding,
@@ -471,15 +466,13 @@ Tensor sparse_conv2d(Tensor x, Tensor values, Tensor crow, Tensor col, Ints shap
   p.x = x.const_data_ptr();
   p.y = y.mutable_data_ptr();
   p.activation = activation;
-  p.bias.assign(c.O, 0.0f);
+  p.set_bias(c.O, nullptr, true);
   if (bias) {
     STD_TORCH_CHECK(bias->numel() == c.O, "sparse_conv2d: bias has ", bias->numel(), " elements, expected ", c.O);
     bias = as_contiguous(*bias);
     const bool wide = bias->scalar_type() == ScalarType::Float;
     STD_TORCH_CHECK(wide || bias->scalar_type() == ScalarType::BFloat16, "sparse_conv2d: bias must be fp32 or bf16");
-    const void* from = bias->const_data_ptr();
-    for (int32_t o = 0; o < c.O; o++)
-      p.bias[o] = wide ? static_cast<const float*>(from)[o] : static_cast<float>(static_cast<const bf16*>(from)[o]);
+    p.set_bias(c.O, bias->const_data_ptr(), wide);
   }
   if (residual) {
     STD_TORCH_CHECK(residual->dim() == 4 && residual->scalar_type() == x.scalar_type(),

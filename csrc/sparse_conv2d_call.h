@@ -28,6 +28,12 @@ struct Problem {
   std::vector<float> bias;         // [O]
   const Phases* phases = nullptr;  // if set, y is [N, groups · channels, high, wide], OH × OW the largest phase
   int64_t high = 0, wide = 0;
+  // From [O] in fp32 (`wide`) or bf16; null: zeros.
+  void set_bias(int32_t O, const void* from, bool wide) {
+    bias.assign(O, 0.0f);
+    for (int32_t o = 0; from && o < O; o++)
+      bias[o] = wide ? static_cast<const float*>(from)[o] : static_cast<float>(static_cast<const bf16*>(from)[o]);
+  }
   // x is an image of quads, and bias what int32 accumulators start at. Null: they are not.
   const Dequantization* int8 = nullptr;
 };
@@ -50,6 +56,8 @@ void join_pixels(Problem& problem, const Conv& conv, const Ints& padding);
 Weight weight_of(const Tensor& values, const Tensor& crow, const Tensor& col, const Ints& shape, const Ints& block,
                  const Ints& stride, const Ints& dilation, int64_t groups);
 
+// The sizes of a call, input and output, and what a weight is packed for that serves it.
+Problem sizes_of(const Conv& conv, const Ints& x_shape, const Ints& padding);
 Target target_of(const Problem& problem, const Ints& padding, bool channels_last);
 
 // The values in the order of the packed structure, in scratch that lasts until this thread's next call.

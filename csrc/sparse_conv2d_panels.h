@@ -42,6 +42,12 @@ const auto& type_kernels(const K& k) {
     return k.half;
 }
 
+// Of n elements, into L2.
+template <class T>
+void fetch_lines(const T* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(p + i, 0, 2);
+}
+
 template <class T>
 class Panels {
  public:
@@ -143,17 +149,13 @@ class Panels {
   static constexpr int64_t kChannelsPacked = 16;
   static constexpr int64_t kAhead = 32;  // channels that are fetched before they are read
 
-  static void prefetch(const T* p, int64_t n) {
-    for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(p + i, 0, 2);
-  }
-
   void pack_flat(int64_t group, int64_t part, float* panel) {
     const int64_t area = image.H * image.W, all = image.N * area, first = group * t.nc * L;
     for (int64_t i = part * kChannelsPacked; i < std::min<int64_t>(live_count, (part + 1) * kChannelsPacked); i++) {
       const T* channel = image.x + live[i] * area;
       float* channel_panel = panel + i * channel_floats;
       if (i + kAhead < live_count)
-        prefetch(image.x + live[i + kAhead] * area + first / area * image.C * area + first % area, t.nc * L);
+        fetch_lines(image.x + live[i + kAhead] * area + first / area * image.C * area + first % area, t.nc * L);
       for_flat_runs(first, std::min(all, first + t.nc * L), [&](int64_t pixel, int64_t n, bool whole) {
         const T* from = channel + pixel / area * image.C * area + pixel % area;
         float* to = channel_panel + (pixel - first);

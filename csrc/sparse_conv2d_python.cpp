@@ -16,15 +16,11 @@ bool run_packed(uintptr_t packed, int64_t packed_bytes, const Ints& shape, const
                 bool channels_last, bool half, const std::string& activation, uintptr_t x, uintptr_t y,
                 int64_t y_elements, uintptr_t bias, bool half_bias, uintptr_t residual) {
   const Packed& w = *reinterpret_cast<const Packed*>(packed);
-  STD_TORCH_CHECK(
-      packed_bytes >= int64_t(sizeof(Packed)) && sealed(w) && w.bytes == packed_bytes && !w.kind.order && !w.starts_at,
-      "sparse_conv2d: packed is not the packed form of this weight");
-  const OutputSize out = output_size(w.conv, x_shape, padding);
-  STD_TORCH_CHECK(y_elements == x_shape[0] * w.conv.O * out.OH * out.OW, "sparse_conv2d: y has ", y_elements,
-                  " elements");
-  Problem p{};
-  p.N = x_shape[0], p.H = x_shape[2], p.W = x_shape[3], p.top = padding[0], p.left = padding[2];
-  p.OH = out.OH, p.OW = out.OW;
+  STD_TORCH_CHECK(packed_bytes >= int64_t(sizeof(Packed)) && sealed(w) && w.bytes == packed_bytes && !w.kind.order &&
+                      !w.starts_at && shape == Ints({w.conv.O, w.conv.channels(), w.conv.R, w.conv.S}),
+                  "sparse_conv2d: packed is not the packed form of this weight");
+  Problem p = sizes_of(w.conv, x_shape, padding);
+  STD_TORCH_CHECK(y_elements == p.N * w.conv.O * p.OH * p.OW, "sparse_conv2d: y has ", y_elements, " elements");
   p.channels_last = channels_last;
   join_pixels(p, w.conv, padding);
   if (w.sources_at || w.lanes != kernels().lanes || !flat_fits(w.tiling, target_of(p, padding, channels_last)))
@@ -34,10 +30,7 @@ bool run_packed(uintptr_t packed, int64_t packed_bytes, const Ints& shape, const
   p.x = reinterpret_cast<const void*>(x), p.y = reinterpret_cast<void*>(y);
   p.residual = reinterpret_cast<const void*>(residual);
   p.activation = parse_activation(activation.c_str());
-  p.bias.assign(w.conv.O, 0.0f);
-  for (int32_t o = 0; bias && o < w.conv.O; o++)
-    p.bias[o] = half_bias ? static_cast<float>(reinterpret_cast<const bf16*>(bias)[o])
-                          : reinterpret_cast<const float*>(bias)[o];
+  p.set_bias(w.conv.O, reinterpret_cast<const void*>(bias), !half_bias);
   run(p, half ? ScalarType::BFloat16 : ScalarType::Float);
   return true;
 }

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyops import ops
 from pyops.nn import Int8SparseConv2d, SparseConv2d
+from pyops.ops.sparse_conv2d_native import direct
 
 
 class Wrapper(torch.Tensor):
@@ -123,6 +124,19 @@ def test_training_keeps_the_packed_structure_over_an_evaluation():
     layer(x)
     assert next(iter(layer._packed.trained.by_shape.values())) is kept
     assert not layer._packed.forward.by_shape, "a step may follow that leaves no trace"
+
+
+@cases.needs_native
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (8, 4, 1, 3), (8, 2, 3, 3)], ids=str)
+def test_the_packed_form_of_another_weight_is_refused(shape):
+    """Where the sizes of x and y would fit, too."""
+    weight, x = sparse_weight(8, 4, 3, 3), randn(1, 4, 7, 7)
+    w = (weight.values, weight.crow_indices, weight.col_indices, weight.shape, weight.block)
+    packed = torch.ops.pyops.sparse_conv2d_pack(*w, (1, 1), (0,) * 4, (1, 1), 1, x.shape, False)
+    options = (None, None, shape, (1, 1), (0,) * 4, (1, 1), "none", packed)
+    with pytest.raises(RuntimeError, match="not the packed form of this weight"):
+        direct(x, *options)
+    assert direct(x, None, None, weight.shape, *options[3:]) is not None
 
 
 def test_threads_share_a_layer():
