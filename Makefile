@@ -30,13 +30,13 @@ lint: $(VENV)/.dev ## ruff, clang-format
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*.inc
 
 bench: $(VENV)/.bench ## every op against its peers on this machine; writes bench/results
-	$(BIN)/python -m pyops bench int8_linear optim sparse_conv2d sparse_backward sparse_designs sparse_resnet50
+	$(BIN)/python -m pyops bench int8_linear int8_weight_linear int4_linear optim sparse_conv2d sparse_backward sparse_designs sparse_resnet50
 
 # A GPU machine brings its own torch, which a fresh environment would hide: build in place with what is there.
 gpu: ## build, test and benchmark on a machine with a GPU; installs nothing
 	$(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m pytest tests/test_gpu.py
-	$(PYTHON) -m pyops bench int8_linear optim sparse_conv2d sparse_resnet50 --device cuda
+	$(PYTHON) -m pytest tests/gpu
+	$(PYTHON) -m pyops bench int8_linear int8_weight_linear int4_linear fp8_linear optim sparse_conv2d sparse_resnet50 --device cuda
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) build dist *.egg-info pyops/_C*.so demo_output .pytest_cache .ruff_cache .hypothesis

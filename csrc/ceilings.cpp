@@ -57,7 +57,7 @@ PYOPS_TARGET_END
 
 PYOPS_TARGET_BEGIN_AMX
 double amx_peak_ops(int64_t n) {
-  amx::TileConfig config;
+  amx::TileConfig config(amx::kTileShapes);
   for (int64_t i = 0; i < n; i++) {
     _tile_dpbssd(0, 4, 6);
     _tile_dpbssd(1, 4, 7);

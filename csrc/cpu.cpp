@@ -27,12 +27,14 @@ bool amx_granted() {
 #endif
 }
 
-// __builtin_cpu_supports does not know AMX in GCC 12: CPUID leaf 7, EDX bits 24 (AMX-TILE) and 25 (AMX-INT8).
-bool has_amx_int8() {
+// EDX of CPUID leaf 7. __builtin_cpu_supports does not know AMX in GCC 12: bits 22 (AMX-BF16), 24 (AMX-TILE) and 25
+// (AMX-INT8).
+uint32_t cpuid_7_edx() {
   uint32_t a = 7, b, c = 0, d;
   __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-  return (d >> 24 & 3) == 3 && amx_granted();
+  return d;
 }
+bool has_amx_int8() { return (cpuid_7_edx() >> 24 & 3) == 3 && amx_granted(); }
 
 Isa detect() {
   __builtin_cpu_init();
@@ -73,6 +75,15 @@ const char* isa_name(Isa isa) { return kNames[int(isa)]; }
 Isa detected_isa() {
   static const Isa isa = detect();
   return isa;
+}
+
+bool amx_multiplies_bf16() {
+#if defined(__x86_64__)
+  static const bool has = detected_isa() == Isa::amx && (cpuid_7_edx() >> 22 & 1);
+  return has && active_isa() == Isa::amx;
+#else
+  return false;
+#endif
 }
 
 Isa active_isa() { return Isa(active().load(std::memory_order_relaxed)); }

@@ -19,6 +19,9 @@ Isa detected_isa();
 // The one in use: detected, or what PYOPS_CPU_ISA or force_isa asked for.
 Isa active_isa();
 
+// Whether kernels may use AMX-BF16: every machine with AMX-INT8 so far has it, but it is an extension of its own.
+bool amx_multiplies_bf16();
+
 // Use `name` from now on ("" for the detected one). Throws std::invalid_argument for an unknown name or one that this
 // machine lacks.
 void force_isa(const std::string& name);

@@ -18,15 +18,16 @@ inline Activation parse_activation(const char* name) {
   throw std::invalid_argument(std::string("activation='") + name + "' is unknown");
 }
 
-// What the epilogue of one tile reads and writes. The tile has 32 columns, of which `cols` are wanted.
-template <class T>
+// What the epilogue of one tile reads and writes. The tile has 32 columns, of which `cols` are wanted. Acc is int32_t
+// or float.
+template <class T, class Acc = int32_t>
 struct EpilogueTile {
-  const int32_t* acc;  // [rows][32]
-  const float* s_x;    // [rows]
-  const float* s_w;    // [32], padded
-  const float* bias;   // [32], padded, zeros where there is none
-  const T* residual;   // [rows][ld], or null
-  T* y;                // [rows][ld]
+  const Acc* acc;     // [rows][32]
+  const float* s_x;   // [rows]
+  const float* s_w;   // [32], padded
+  const float* bias;  // [32], padded, zeros where there is none
+  const T* residual;  // [rows][ld], or null
+  T* y;               // [rows][ld]
   int64_t ld;
   int cols;
   bool
@@ -34,8 +35,8 @@ struct EpilogueTile {
 };
 
 // Rows [begin, end) of a tile.
-template <class T>
-using EpilogueFn = void (*)(const EpilogueTile<T>& tile, int begin, int end);
+template <class T, class Acc = int32_t>
+using EpilogueFn = void (*)(const EpilogueTile<T, Acc>& tile, int begin, int end);
 
 // Whether rows of 32 at y, `ld` apart, are whole cache lines.
 template <class T>

@@ -31,8 +31,8 @@ struct Background {
 };
 
 // The k range [64·begin, 64·end) of a tile. acc [rows][32] is overwritten by the range that begins at 0, else added to;
-// only AMX cuts the range. `ahead`: null for the panel's own stream, else where the next panel is, of which
-// `ahead_lines` cache lines are fetched into L2 for each 64 k.
+// only AMX cuts the range, the others begin where `a` and `panel` point. `ahead`: null for the panel's own stream, else
+// where the next panel is, of which `ahead_lines` cache lines are fetched into L2 for each 64 k.
 struct DotArgs {
   const int8_t* a;  // the tile's rows, from k = 0
   const int8_t* panel;
@@ -52,12 +52,12 @@ PYOPS_INLINE int32_t quad(const int8_t* p) {
 
 namespace generic {
 
-template <int MR>
+template <int MR, int Q = 16>
 void int8_dot(const DotArgs& d) {
   int32_t acc[MR][kPanelN] = {};
   const int8_t* a = d.a;
   const int8_t* b = d.panel + kPanelRow;
-  for (int64_t k = 0; k < d.end * 16; k++, a += MR * 4, b += kPanelRow)
+  for (int64_t k = 0; k < d.end * Q; k++, a += MR * 4, b += kPanelRow)
     for (int r = 0; r < MR; r++)
       for (int n = 0; n < kPanelN; n++)
         for (int i = 0; i < 4; i++) acc[r][n] += int32_t(a[r * 4 + i]) * b[n * 4 + i];
@@ -93,7 +93,7 @@ namespace avx2 {
 
 // vpmaddubsw saturates at 2¹⁵ for unsigned · signed bytes. |b| · (a with b's sign) is the same product with both
 // factors at most 128 and 127, and 2 · 128 · 127 < 2¹⁵: exact.
-template <int MR>
+template <int MR, int Q = 16>
 void int8_dot(const DotArgs& d) {
   const __m256i ones = _mm256_set1_epi16(1);
   __m256i acc[MR][4];
@@ -103,7 +103,7 @@ void int8_dot(const DotArgs& d) {
   const int8_t* b = d.panel + kPanelRow;
   for (int64_t step = 0; step < d.end; step++) {
     prefetch_ahead(d, step, b);
-    for (int k = 0; k < 16; k++, a += MR * 4, b += kPanelRow) {
+    for (int k = 0; k < Q; k++, a += MR * 4, b += kPanelRow) {
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) {
         const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + j * 32));
@@ -127,7 +127,7 @@ PYOPS_TARGET_BEGIN_AVX512
 namespace avx512 {
 
 // The products of avx2::int8_dot, the sign applied through a mask.
-template <int MR>
+template <int MR, int Q = 16>
 void int8_dot(const DotArgs& d) {
   const __m512i ones = _mm512_set1_epi16(1), zero = _mm512_setzero_si512();
   __m512i acc[MR][2];
@@ -136,7 +136,7 @@ void int8_dot(const DotArgs& d) {
   const int8_t* b = d.panel + kPanelRow;
   for (int64_t step = 0; step < d.end; step++) {
     prefetch_ahead(d, step, b);
-    for (int k = 0; k < 16; k++, a += MR * 4, b += kPanelRow) {
+    for (int k = 0; k < Q; k++, a += MR * 4, b += kPanelRow) {
 #pragma GCC unroll 2
       for (int j = 0; j < 2; j++) {
         const __m512i w = _mm512_loadu_si512(b + j * 64);
@@ -232,27 +232,32 @@ PYOPS_TARGET_END
 PYOPS_TARGET_BEGIN_AMX
 namespace amx {
 
-// All eight tiles are 16 rows of 64 bytes. In static memory: the compiler does not know that ldtilecfg reads all of it.
+// Tiles 0–3 are 16 rows of 64 bytes. 4–5 hold rows, of `k` bytes, 6–7 the panel, k/4 rows. In static memory: the
+// compiler does not know that ldtilecfg reads all of it.
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+  explicit constexpr TileShapes(uint8_t k)
+      : row_bytes{64, 64, 64, 64, k, k, 64, 64}, rows{16, 16, 16, 16, 16, 16, uint8_t(k / 4), uint8_t(k / 4)} {}
 };
-inline const TileShapes kTileShapes;
+inline constexpr TileShapes kTileShapes(64), kHalfTileShapes(32);
 
 // Holds the configuration while it lives, on its thread.
 class TileConfig {
  public:
-  TileConfig() { _tile_loadconfig(&kTileShapes); }
+  explicit TileConfig(const TileShapes& shapes) { _tile_loadconfig(&shapes); }
   ~TileConfig() { _tile_release(); }
   TileConfig(const TileConfig&) = delete;
   TileConfig& operator=(const TileConfig&) = delete;
 };
 
+inline void configure(const TileShapes& shapes) { _tile_loadconfig(&shapes); }
+
 // Runs `work` with the tiles configured. Not inlined: the caller need not be compiled for AMX.
 template <class F>
-__attribute__((noinline)) void with_tiles(F&& work) {
-  TileConfig config;
+__attribute__((noinline)) void with_tiles(F&& work, const TileShapes& shapes = kTileShapes) {
+  TileConfig config(shapes);
   work();
 }
 

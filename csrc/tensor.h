@@ -30,24 +30,41 @@ inline Tensor empty_cpu(const int64_t* sizes, int64_t dim, ScalarType dtype) {
   return Tensor(handle);
 }
 
+// How a matmul with quantized weights takes its activations: quantized as well, or as they are.
+enum class Compute { int8, floating };
+
+inline Compute parse_compute(const char* name) {
+  if (std::string_view(name) == "int8") return Compute::int8;
+  if (std::string_view(name) == "float") return Compute::floating;
+  throw std::invalid_argument(std::string("compute='") + name + "' is neither 'int8' nor 'float'");
+}
+
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 }  // namespace pyops
 
-// An `str activation` argument of a schema arrives as its enum. (The library's own conversion to std::string loses 32
-// bytes a call.)
+// `str` arguments of a schema arrive as their enums. (The library's own conversion to std::string loses 32 bytes a
+// call.)
 HIDDEN_NAMESPACE_BEGIN(torch, stable, detail)
+template <class Parse>
+auto parse_string(StableIValue value, Parse&& parse) {
+  const StringHandle handle = to<StringHandle>(value);
+  const char* name;
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &name));
+  struct Release {
+    StringHandle handle;
+    ~Release() { torch_delete_string(handle); }
+  } release{handle};
+  return parse(name);
+}
 template <>
 struct ToImpl<pyops::Activation> {
   static pyops::Activation call(StableIValue value, uint64_t, bool) {
-    const StringHandle handle = to<StringHandle>(value);
-    const char* name;
-    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &name));
-    struct Release {
-      StringHandle handle;
-      ~Release() { torch_delete_string(handle); }
-    } release{handle};
-    return pyops::parse_activation(name);
+    return parse_string(value, pyops::parse_activation);
   }
+};
+template <>
+struct ToImpl<pyops::Compute> {
+  static pyops::Compute call(StableIValue value, uint64_t, bool) { return parse_string(value, pyops::parse_compute); }
 };
 HIDDEN_NAMESPACE_END(torch, stable, detail)

@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from ..sizes import ceil_div
+
 BLOCK = tl.constexpr(128)
 """Elements in a row of a tile, and those that share a scale."""
 ROWS = tl.constexpr(8)
@@ -84,14 +86,14 @@ def make_table(rows: Sequence[list[int]], device: torch.device) -> Table:
             blocks.append(size // block)
             edges.append(size % block > 0)
         else:  # the last row of each slice is in a chunk, however short
-            blocks.append(size // length * -(-length // block))
+            blocks.append(size // length * ceil_div(length, block))
             edges.append(False)
-    tiles = sum(-(-n // rows_of_tile) for n in blocks)
+    tiles = sum(ceil_div(n, rows_of_tile) for n in blocks)
     rows_of_chunk = rows_of_tile * max(1, tiles // (PROGRAMS * multiprocessors(device.index)))
     table: list[int] = []
     chunks: list[int] = []
     for i, (row, n, edge) in enumerate(zip(rows, blocks, edges, strict=True)):
-        count = -(-n // rows_of_chunk)
+        count = ceil_div(n, rows_of_chunk)
         table += *row, len(chunks), count + edge
         chunks += range(i << 32, (i << 32) + count)
         if edge:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from pyops.measure import Captured, compare
+from pyops.replacing import complete
 from pyops.report import Row
 
 FilterFn = Callable[[nn.Module, str], bool]
@@ -51,6 +52,13 @@ class Config:
         """The replacement. Must not change `module`; may raise."""
         raise NotImplementedError
 
+    def check_layer(self, module: nn.Module) -> None:
+        """Raise the ValueError that `convert` would raise for a layer that is not refused, if that is cheap to find."""
+
+    def whole_model(self) -> bool:
+        """True if `prepared` or `finish` change the model, so that its layers cannot be replaced one by one."""
+        return type(self).prepared is not Config.prepared or type(self).finish is not Config.finish
+
     def check(self, example_inputs: Any) -> None:
         """Raise ValueError if this config cannot do without example inputs, or not with these."""
 
@@ -82,3 +90,10 @@ class Config:
             row.ms_before, row.ms_after, row.sqnr_db = compare(layer.module.forward, new.forward, layer.captured)
         row.choice = self.choice
         return new
+
+    def complete(self, layer: nn.Module, new: nn.Module, row: Row, names: list[str], tied: list[str]) -> None:
+        """Give `new`, from `replace`, what `layer` has, and the row what there is to say; must not change `layer`.
+
+        `names` are all that the layer has in the model, `tied` all that its weight has.
+        """
+        complete(layer, new, row, names, tied)

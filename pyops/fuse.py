@@ -17,11 +17,11 @@ from torch import nn
 from pyops.flow import Flow, find_flow, hooked, said
 from pyops.measure import check_inputs
 from pyops.nn.conv import SparseConv1d, SparseConv2d
-from pyops.nn.linear import Int8Linear
+from pyops.nn.linear import QuantLinear
 from pyops.nn.sparse import SparseLayer
 from pyops.nn.sparse_linear import SparseLinear
 
-PLAIN = (SparseConv2d, SparseConv1d, SparseLinear, Int8Linear)
+PLAIN = (SparseConv2d, SparseConv1d, SparseLinear, QuantLinear)
 MODULES = {
     nn.ReLU: "relu",
     nn.ReLU6: "relu6",
@@ -55,11 +55,11 @@ class Fused:
 
 
 def fuse_activations_(model: nn.Module, example_inputs: Any = None) -> list[Fused]:
-    """Set `activation` of each SparseConv2d/1d, SparseLinear and Int8Linear that an activation follows; a row for each.
+    """Set `activation` of each SparseConv2d/1d, SparseLinear and quantized linear layer that an activation follows.
 
-    In place: `nn.Identity` takes the place of the activation module, which may be ReLU, ReLU6, GELU, SiLU, Sigmoid,
-    Tanh, Hardswish or one of transformers' modules for these. Gradients are the same. The `state_dict` does not hold
-    it: a model that is to load one needs the same call.
+    Returns a row for each of them. In place: `nn.Identity` takes the place of the activation module, which may be ReLU,
+    ReLU6, GELU, SiLU, Sigmoid, Tanh, Hardswish or one of transformers' modules for these. Gradients are the same. The
+    `state_dict` does not hold it: a model that is to load one needs the same call.
 
     A layer is fused where all that it gives goes into one activation, and an activation module that is called in
     several places only if each of them is such a layer. What goes where is read from a trace by `torch.fx`, in the mode
@@ -102,7 +102,7 @@ def fuse_activations_(model: nn.Module, example_inputs: Any = None) -> list[Fuse
 
 def is_pyops_layer(module: nn.Module) -> bool:
     """True for a layer that can apply an activation."""
-    return isinstance(module, (SparseLayer, Int8Linear))
+    return isinstance(module, (SparseLayer, QuantLinear))
 
 
 def name_of(module: nn.Module) -> str | None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -35,17 +36,19 @@ class Captured:
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in eval mode, without gradients and with the random state put back at the end."""
-    # The flags themselves: a model's own train() may do more than set them.
-    flags = [(module, module.training) for module in model.modules()]
+    # The flags themselves: a model's own train() may do more than set them. Layers may be replaced meanwhile.
+    flags = [(weakref.ref(module), module.training) for module in model.modules()]
     try:
-        for module, _ in flags:
+        for module in model.modules():
             module.training = False
         devices = {t.device for t in model.parameters() if t.is_cuda}
         with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices):
             yield
     finally:
-        for module, training in flags:
-            module.training = training
+        for reference, training in flags:
+            module = reference()
+            if module is not None:
+                module.training = training
 
 
 def captured_inputs(
@@ -53,20 +56,26 @@ def captured_inputs(
 ) -> Iterator[tuple[nn.Module, Captured | None]]:
     """Each layer with the input of its first call, in the order of the calls; then, with None, those not called.
 
-    The model runs several times if that is what it takes to hold only `HELD_BYTES` of inputs, or a fifth of them.
+    The model runs several times if that is what it takes to hold only `HELD_BYTES` of inputs, or a fifth of them. A
+    layer that was handed out is not held: it may be replaced and freed.
     """
     waiting, held_bytes = list(layers), HELD_BYTES
+    del layers
     while waiting:
         found, left = _capture(model, waiting, example_inputs, held_bytes)
         held_bytes = max(held_bytes, sum(left) // 5)
         waiting = [layer for layer in waiting if layer not in found]
         while found:
-            layer = next(iter(found))
-            yield layer, found.pop(layer)
+            yield _pop_first(found)
         if not left:
             break
-    for layer in waiting:
-        yield layer, None
+    while waiting:
+        yield waiting.pop(0), None
+
+
+def _pop_first(found: dict[nn.Module, Captured]) -> tuple[nn.Module, Captured]:
+    layer = next(iter(found))
+    return layer, found.pop(layer)
 
 
 def _capture(

@@ -117,6 +117,10 @@ class Sparse(Config):
         """`from_dense` of the sparse layer."""
         return f"pyops.nn.{SPARSE[_base(module)].__name__}.from_dense(model, pattern=...)"
 
+    def whole_model(self) -> bool:
+        """True if channels are removed or something is fused."""
+        return self.remove_channels or self.fuse_activations or self.fuse_residuals
+
     def check(self, example_inputs: Any) -> None:
         """Refuse to choose without measuring."""
         if self.measure and example_inputs is None:

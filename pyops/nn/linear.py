@@ -1,79 +1,89 @@
-"""int8 linear layer: the drop-in for `torch.nn.Linear` that holds its weight in int8. The op: ops/int8_linear.py."""
+"""What the linear layers with a quantized weight share: how they hold it, move it, save it and load it.
+
+A subclass says in a few lines what is its own: the canonical tensors (`layout`), their packed form (`_pack`, `_unpack`,
+`_wants_packed`), what their values must be (`_wrong_values`), and how its op is called (`_call`, `_check`).
+"""
 
 from __future__ import annotations
 
 import copy
 import math
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
+from pyops.memory import chunks, has_values, put_on_huge_pages
 from pyops.nn.effective import effective, trainable
-from pyops.nn.state import check_entry, foreign_keys, load_hooks_run, own_keys
+from pyops.nn.state import check_entry, foreign_keys, load_hooks_run, own_keys, wrong_type, wrong_value
 from pyops.ops.epilogue import check_activation
-from pyops.ops.int8_linear import (
-    FLOAT_DTYPES,
-    MAX_K,
-    check_args,
-    dispatch,
-    pack_int8,
-    quantize_int8,
-    quantize_rows_ref,
-    unpack_int8,
-    wants_packed,
-)
+from pyops.ops.int8_linear import FLOAT_DTYPES
+from pyops.sizes import ceil_div
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing has it from Python 3.11 on
+
+Tensors = dict[str, torch.Tensor | None]
+"""Tensors of a layer by their names in its `state_dict`; None for what the layer does without."""
 
 
-class Int8Linear(nn.Module):
-    """y = act(quant(x) · weightᵀ · scales + bias + residual), each row of x quantized to int8 by its own maximum.
+class Layout(NamedTuple):
+    """What one canonical tensor must be."""
 
-    Args:
-        in_features, out_features, bias, device: as `torch.nn.Linear`.
-        dtype: of the bias, fp32, bf16 or fp16; default torch's default dtype. The input may have any of the three.
-        activation: none, relu, relu6, gelu (erf), gelu_tanh, silu, sigmoid, tanh or hardswish.
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+    """All that are allowed; a new layer has the first."""
 
-    Shapes: x [..., in_features], residual and y [..., out_features], all three in x's dtype, under autocast too.
 
-    State: `weight` int8 [out_features, in_features], `weight_scale` fp32 [out_features], `bias` [out_features]; the
-    same on every device. Where the kernels of a device read a packed form (see `pack_int8`), the layer holds that
-    *instead of* the canonical weight; `weight` and `state_dict()` then unpack a copy. `.half()` and `.to(dtype)` change
-    the bias only. The weight is frozen; x, residual and bias are differentiable (straight through x's rounding).
+class QuantLinear(nn.Module):
+    """y = act(x · Wᵀ + bias + residual) with a frozen W in quantized form; base of `Int8Linear`, `Int4Linear` …
 
-    Raises TypeError for a dtype and ValueError for a size or activation that the op does not take.
+    The `state_dict` holds the canonical tensors of `layout()` and the bias, the same on every device. Where the kernels
+    of a device read a packed form of those named in `packs`, the layer holds that *instead*; the attributes and
+    `state_dict()` then unpack copies. `.half()` and `.to(dtype)` change the bias only. `load_state_dict` checks every
+    entry before any is taken.
     """
+
+    packs: ClassVar[tuple[str, ...]] = ("weight",)
+    """The canonical tensors that are packed, together, and held as the buffers `_<name>`; others keep their names.
+    dim() of the first tells the form: 2 is canonical, 3 packed."""
+    optional: ClassVar[dict[str, str]] = {}
+    """Canonical tensors that not every layer has, and how one is made that has none."""
+    piece_rows: ClassVar[int] = 0
+    """The rows of a weight can be quantized and packed so many at a time, or any multiple, each tensor along its first
+    dimension; 0 if not."""
+    max_in_features: ClassVar[int]
+    """From here on the sums of the kernels could overflow."""
 
     in_features: int
     out_features: int
     activation: str
-    weight_scale: torch.Tensor
     bias: torch.Tensor | None
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        activation: str = "none",
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, activation: str) -> None:
+        """The sizes; a subclass then sets what its `layout` depends on and calls `_make`."""
         super().__init__()
+        if not 0 <= in_features <= self.max_in_features:
+            raise ValueError(f"in_features is {in_features}; allowed: 0 to {self.max_in_features}")
+        check_activation(activation)
+        self.in_features, self.out_features, self.activation = in_features, out_features, activation
+
+    def _make(self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Register the tensors, with the initial values of `torch.nn.Linear`."""
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in FLOAT_DTYPES:
             raise TypeError(f"dtype is {dtype}; allowed: {', '.join(map(str, FLOAT_DTYPES))}")
-        if not 0 <= in_features <= MAX_K:
-            raise ValueError(f"in_features is {in_features}; allowed: 0 to {MAX_K}")
-        check_activation(activation)
-        self.in_features, self.out_features, self.activation = in_features, out_features, activation
-        q_w = torch.empty(out_features, in_features, dtype=torch.int8, device=device)
-        # `_weight` is the canonical weight [N, K] or its packed form [panels, rows, 128]: dim() tells which.
-        self.register_buffer("_weight", q_w, persistent=False)
-        self.register_buffer("weight_scale", torch.empty(out_features, dtype=torch.float32, device=device))
+        tensors: Tensors = dict.fromkeys(self.optional)
+        tensors |= {
+            name: torch.empty(shape, dtype=dtypes[0], device=device) for name, (shape, dtypes) in self.layout().items()
+        }
+        # What the layer does without comes last: torch.export takes the buffers before it to be all there.
+        for name in sorted(tensors, key=lambda name: (tensors[name] is None, name not in self.packs)):
+            self.register_buffer(self._key(name), tensors[name], persistent=name not in self.packs)
         if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device))
+            self.bias = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device))
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
@@ -81,20 +91,16 @@ class Int8Linear(nn.Module):
     def reset_parameters(self) -> None:
         """The initial values of `torch.nn.Linear`, quantized."""
         bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
-        w = torch.empty(self.out_features, self.in_features, device=self.weight_scale.device).uniform_(-bound, bound)
-        q_w, scale = quantize_rows_ref(w)
-        self._hold(q_w, scale)
+        device = self._buffers[self._key(self.packs[0])].device
+        if device.type != "meta":
+            w = torch.empty(self.out_features, self.in_features, device=device).uniform_(-bound, bound)
+            self._hold(self._held() | self._quantize(w))
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
     @classmethod
-    def from_float(cls, linear: nn.Linear, *, activation: str = "none") -> Int8Linear:
-        """The int8 form of a float layer, on its device, in its training mode; the layer itself is not changed.
-
-        The weight and bias are the ones that the layer computes with, also where it is pruned or parametrized. The bias
-        is a copy. Raises TypeError if `linear` is no `nn.Linear` or its dtype is not fp32, bf16 or fp16, ValueError if
-        its weight holds NaN or Inf.
-        """
+    def _made_from(cls, linear: nn.Linear, quantize: Callable[[torch.Tensor], Tensors], **options: Any) -> Self:
+        """The quantized form of a float layer: holds what `quantize` makes of its weight; `options` are the class's."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
         weight, bias = effective(linear, "weight"), effective(linear, "bias")
@@ -102,72 +108,187 @@ class Int8Linear(nn.Module):
             raise TypeError(f"linear has dtype {weight.dtype}; allowed: {', '.join(map(str, FLOAT_DTYPES))}")
         N, K = weight.shape
         # On meta: nothing is initialized only to be overwritten.
-        layer = cls(K, N, False, "meta", weight.dtype, activation=activation)
-        layer._hold(*quantize_int8(weight))
+        layer = cls(K, N, False, "meta", weight.dtype, **options)
+        layer._hold(layer._held() | layer._in_pieces(weight.detach(), quantize))
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=trainable(linear, "bias"))
         return layer.train(linear.training)
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """The canonical weight, int8 [out_features, in_features]; a copy if the layer holds the packed form."""
-        stored = self._buffers["_weight"]
-        return stored if stored.dim() == 2 else unpack_int8(stored, self.out_features, self.in_features)
+    def _in_pieces(self, weight: torch.Tensor, quantize: Callable[[torch.Tensor], Tensors]) -> Tensors:
+        """What `quantize` makes of a weight, packed where its device wants it, with no copy of all of it on the way."""
+        (N, K), rows, device = weight.shape, self.piece_rows, weight.device
+        if not (rows and N and has_values(weight)):
+            return quantize(weight)
+        whole: Tensors = {}
+        share: dict[str, int] = {}  # how many rows of the weight are one of a tensor: 1, or those of a panel
+        for a, b in chunks(ceil_div(N, rows), rows * K, device):
+            piece = weight[a * rows : b * rows]
+            tensors = quantize(piece)
+            if self._wants_packed(device):
+                tensors = tensors | self._pack(tensors)
+            if len(piece) == N:
+                return tensors
+            if not whole:  # a full piece
+                share = {name: 1 if t is None else len(piece) // len(t) for name, t in tensors.items()}
+                whole = {
+                    name: None if t is None else t.new_empty(ceil_div(N, share[name]), *t.shape[1:])
+                    for name, t in tensors.items()
+                }
+                for t in whole.values():
+                    if t is not None:
+                        put_on_huge_pages(t, filled=False)
+            for name, t in tensors.items():
+                if t is not None:
+                    first = a * rows // share[name]
+                    whole[name][first : first + len(t)] = t
+        for t in whole.values():
+            if t is not None:
+                put_on_huge_pages(t, filled=True)
+        return whole
 
-    @weight.setter
-    def weight(self, value: torch.Tensor) -> None:
-        problem = check_entry("weight", value, (self.out_features, self.in_features), torch.int8)
-        if problem:
-            raise ValueError(problem)
-        self._hold(value, self._buffers["weight_scale"])
+    # ------------------------------------------------------------------------------- what a subclass says
+
+    def layout(self) -> dict[str, Layout]:
+        """Every canonical tensor that this layer has, the quantized weight first; the bias is none of them."""
+        raise NotImplementedError
+
+    def _quantize(self, w: torch.Tensor) -> Tensors:
+        """The canonical tensors of a new layer, from its float weight [N, K]."""
+        raise NotImplementedError
+
+    def _pack(self, tensors: Tensors) -> Tensors:
+        """The packed form of the canonical tensors named in `packs`."""
+        raise NotImplementedError
+
+    def _unpack(self, tensors: Tensors) -> Tensors:
+        """The exact inverse of `_pack`."""
+        raise NotImplementedError
+
+    def _wants_packed(self, device: torch.device) -> bool:
+        """True if the kernels of `device` read the packed form."""
+        return False
+
+    def _wrong_values(self, tensors: Tensors, prefix: str) -> list[str]:
+        """What is wrong with the values of these canonical tensors, whose shapes, dtypes and finiteness are right."""
+        return []
+
+    def _call(
+        self, x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The op on checked arguments; `tensors` are the buffers."""
+        raise NotImplementedError
+
+    def _check(
+        self, x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None, residual: torch.Tensor | None
+    ) -> None:
+        """Raise the TypeError or ValueError that the op documents; x has the right K if it is a tensor."""
+        raise NotImplementedError
+
+    def _options(self) -> dict[str, Any]:
+        """What `extra_repr` shows beside the arguments of `nn.Linear`."""
+        return {} if self.activation == "none" else {"activation": self.activation}
+
+    # ------------------------------------------------------------------------------- forward
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """act(x · weightᵀ + bias + residual) in x's dtype; raises TypeError or ValueError naming the argument."""
         # The dicts, not the attributes: nn.Module finds a parameter or buffer in 0.5 µs, a dict in 0.05.
         buffers, parameters = self._buffers, self._parameters
-        weight, scale = buffers["_weight"], buffers["weight_scale"]
         # Not get("bias", self.bias), which would look up the attribute always; it is one where the bias is pruned.
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
         if (
             residual is not None
             or not isinstance(x, torch.Tensor)
             or x.dtype not in FLOAT_DTYPES
-            or x.dim() == 0
-            or x.shape[-1] != self.in_features
-            or x.device != weight.device
+            or not (shape := x.shape)
+            or shape[-1] != self.in_features
+            or x.device != buffers["_weight"].device
         ):
-            check_args(x, weight, scale, bias, residual, self.activation, None)
-            if x.shape[-1] != self.in_features:  # a packed weight is padded and fits other K as well
+            # A packed weight is padded and fits other K as well: the op could not see it.
+            if isinstance(x, torch.Tensor) and x.dim() and x.shape[-1] != self.in_features:
                 raise ValueError(f"x has K={x.shape[-1]}; in_features is {self.in_features}")
-        return dispatch(x, weight, scale, bias, residual, self.activation, None)
+            self._check(x, buffers, bias, residual)
+        return self._call(x, buffers, bias, residual)
 
     def extra_repr(self) -> str:
         """The arguments of the constructor."""
-        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return text if self.activation == "none" else f"{text}, activation={self.activation!r}"
+        sizes = {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None}
+        return ", ".join(f"{name}={value!r}" for name, value in (sizes | self._options()).items())
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of `nn.Module`; the tensors of `packs` are no parameters, and raise TypeError."""
+        if name in self.packs and param is not None:
+            raise TypeError(
+                f"{name} of a {type(self).__name__} is quantized: it cannot be a parameter, nor tied to one. A tie is "
+                "cut when the layer is quantized (in transformers: config.tie_word_embeddings = False)"
+            )
+        super().register_parameter(name, param)
 
     # ------------------------------------------------------------------------------- the two forms of the weight
 
-    def _hold(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
-        """Hold this weight, canonical or packed, in the form that its device wants."""
-        self._buffers["weight_scale"] = scale
-        packed = weight.dim() == 3
-        if packed != wants_packed(weight.device):
-            weight = unpack_int8(weight, self.out_features, self.in_features) if packed else pack_int8(weight)
-        self._buffers["_weight"] = weight
+    def _key(self, name: str) -> str:
+        """Under which name a canonical tensor, or its packed form, is a buffer."""
+        return f"_{name}" if name in self.packs else name
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
-        # fn is .to(), .half(), to_empty(), share_memory_() …: the int8 weight and the fp32 scale take its device and
-        # memory, never its dtype. torch converts floating tensors only, so the scale passes as its bits.
-        weight, scale = self._buffers.pop("_weight"), self._buffers.pop("weight_scale")
+    def _held(self) -> Tensors:
+        """The tensors as they are held: those of `packs` canonical or packed, then the others."""
+        names = dict.fromkeys((*self.packs, *self.layout(), *self.optional))
+        return {name: self._buffers[self._key(name)] for name in names}
+
+    def _canonical(self) -> Tensors:
+        """All tensors canonical; copies of those that are held packed."""
+        held = self._held()
+        return held | self._unpack(held) if held[self.packs[0]].dim() == 3 else held
+
+    def _hold(self, tensors: Tensors) -> None:
+        """Hold these tensors, canonical or packed, in the form that their device wants."""
+        weight = tensors[self.packs[0]]
+        packed = weight.dim() == 3
+        if packed != self._wants_packed(weight.device):
+            tensors = tensors | (self._unpack(tensors) if packed else self._pack(tensors))
+        for name, t in tensors.items():
+            self._buffers[self._key(name)] = t
+
+    def _set(self, name: str, value: Any) -> None:
+        """Replace one canonical tensor; raises ValueError if it is not right."""
+        layout = self.layout()
+        if name not in layout:
+            raise ValueError(f"{name} cannot be set: the layer was made with {self.optional[name]}")
+        problem = check_entry(name, value, *layout[name])
+        for text in [problem] if problem else self._wrong_values({name: value}, ""):
+            raise ValueError(text)
+        self._hold(self._canonical() | {name: value})
+
+    def _take(self, tensors: Tensors) -> None:
+        """Hold canonical tensors from outside; raises TypeError or ValueError, naming one, if anything is wrong."""
+        layout = self.layout()
+        for name, (shape, dtypes) in layout.items():
+            problem = wrong_type(name, tensors[name], dtypes)
+            if problem:
+                raise TypeError(problem)
+            for text in filter(None, [wrong_value(name, tensors[name], shape, finite=True)]):
+                raise ValueError(text)
+            device = tensors[self.packs[0]].device
+            if tensors[name].device != device:
+                raise ValueError(f"{name} is on {tensors[name].device}, {self.packs[0]} on {device}")
+        for text in self._wrong_values(tensors, ""):
+            raise ValueError(text)
+        self._hold(self._held() | tensors)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # fn is .to(), .half(), to_empty(), share_memory_() …: the quantized tensors take its device and memory, never
+        # its dtype.
+        held = self._held()
+        for name in held:
+            del self._buffers[self._key(name)]
         try:
             super()._apply(fn, recurse)
-            weight, scale = moved(weight, fn), moved(scale.view(torch.int32), fn).view(torch.float32)
+            held = {name: None if t is None else moved(t, fn) for name, t in held.items()}
         finally:
-            self._hold(weight, scale)
+            self._hold(held)
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Linear:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # Same process, same kernels: the packed form is copied as it is, not through __getstate__.
         new = self.__new__(type(self))
         memo[id(self)] = new
@@ -176,16 +297,24 @@ class Int8Linear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickle is canonical: the machine that loads it may want another form.
-        return {**super().__getstate__(), "_buffers": {**self._buffers, "_weight": self.weight}}
+        canonical = {self._key(name): t for name, t in self._canonical().items()}
+        return {**super().__getstate__(), "_buffers": {**self._buffers, **canonical}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._hold(self._buffers["_weight"], self._buffers["weight_scale"])
+        self._hold(self._held())
 
     # ------------------------------------------------------------------------------- state_dict
 
+    def _packed_keys(self) -> list[str]:
+        """Names in the `state_dict` that are no persistent buffers."""
+        layout = self.layout()
+        return [name for name in self.packs if name in layout]
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = self.weight
+        canonical = self._canonical()
+        for name in self._packed_keys():
+            destination[prefix + name] = canonical[name]
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
@@ -206,44 +335,87 @@ class Int8Linear(nn.Module):
             else:
                 self._load(state_dict, prefix, local_metadata)
             if strict:  # torch passes True here and settles strictness later
-                missing_keys += [key for key in own_keys(self, prefix) if key not in state_dict]
-                unexpected_keys += foreign_keys(self, state_dict, prefix)
+                also = self._packed_keys()
+                missing_keys += [key for key in own_keys(self, prefix, also) if key not in state_dict]
+                unexpected_keys += foreign_keys(self, state_dict, prefix, also)
 
     def _problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
         """Everything that is wrong with the entries that there are; if anything is, none of them is loaded."""
-        N, K = self.out_features, self.in_features
-        layout = {"weight": ((N, K), torch.int8), "weight_scale": ((N,), torch.float32)}
-        if self._parameters.get("bias") is not None:
-            layout["bias"] = ((N,), None)
-        present = {name: state_dict[prefix + name] for name in layout if prefix + name in state_dict}
-        problems = [check_entry(prefix + name, value, *layout[name]) for name, value in present.items()]
-        if ("weight" in present) != ("weight_scale" in present) and not any(problems):
-            has, lacks = ("weight", "weight_scale") if "weight" in present else ("weight_scale", "weight")
-            problems.append(f"{prefix}{has} comes without {prefix}{lacks}; they are loaded together or not at all.")
-        return [problem for problem in problems if problem]
+        layout = self.layout()
+        given = {name: state_dict[prefix + name] for name in layout if prefix + name in state_dict}
+        problems = [check_entry(prefix + name, value, *layout[name]) for name, value in given.items()]
+        if self._parameters.get("bias") is not None and prefix + "bias" in state_dict:
+            problems.append(check_entry(prefix + "bias", state_dict[prefix + "bias"], (self.out_features,), None))
+        problems = [problem for problem in problems if problem]
+        for name, made in self.optional.items():
+            if name not in layout and prefix + name in state_dict:
+                problems.append(f"{prefix}{name} has no place: the layer was made with {made}.")
+        lacking = [name for name in layout if name not in given]
+        if given and lacking and not problems:
+            here = next(iter(given))
+            problems.append(
+                f"{prefix}{here} comes without {prefix}{lacking[0]}; they are loaded together or not at all."
+            )
+        return problems or self._wrong_values(given, prefix)
 
     def _load(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
         """Load entries that were found right."""
+        layout = self.layout()
+        given: Tensors = {name: state_dict[prefix + name] for name in layout if prefix + name in state_dict}
+        for name, value in given.items():  # where several dtypes are allowed, the checkpoint's is taken
+            held = self._buffers[self._key(name)]
+            if name not in self.packs and held.dtype != value.dtype:
+                self._buffers[name] = torch.empty_like(held, dtype=value.dtype)
         errors: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, False, [], [], errors)
         if errors:
             raise RuntimeError("\n".join(errors))
-        weight = state_dict.get(prefix + "weight")
-        if weight is None:
+        if not given:
             return
-        stored, scale = self._buffers["_weight"], self._buffers["weight_scale"]
+        held = self._held()
+        stored = held[self.packs[0]]
         with torch.no_grad():
             if local_metadata.get("assign_to_params_buffers", False):
-                self._hold(weight, scale)
-            elif stored.is_meta and not weight.is_meta:
-                warnings.warn(f"{prefix}weight: copying to a meta tensor does nothing; use assign=True", stacklevel=2)
-            elif stored.dim() == 2:
-                stored.copy_(weight)
+                self._hold(held | given)
+            elif stored.is_meta and not given[self.packs[0]].is_meta:
+                key = prefix + self.packs[0]
+                warnings.warn(f"{key}: copying to a meta tensor does nothing; use assign=True", stacklevel=2)
             else:
-                stored.copy_(pack_int8(weight.to(stored.device)))
+                self._copy({name: t.to(stored.device) for name, t in given.items() if name in self.packs}, held)
+
+    def _copy(self, tensors: Tensors, held: Tensors) -> None:
+        """Copy canonical tensors of `packs` into the memory that holds them, but for those that change their dtype."""
+        new = held | tensors
+        if held[self.packs[0]].dim() == 3:
+            new |= self._pack(new)
+        for name in tensors:
+            if held[name].dtype == new[name].dtype:
+                held[name].copy_(new[name])
+            else:
+                self._buffers[self._key(name)] = new[name].clone()
+
+
+def canonical_tensor(name: str, doc: str) -> property:
+    """The attribute of a canonical tensor that may be held packed."""
+
+    def get(layer: QuantLinear) -> torch.Tensor | None:
+        return layer._canonical()[name]
+
+    def put(layer: QuantLinear, value: torch.Tensor) -> None:
+        layer._set(name, value)
+
+    return property(get, put, doc=doc)
+
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def moved(t: torch.Tensor, fn: Any) -> torch.Tensor:
-    """fn(t), which `module.type(dtype)` alone may have given another dtype."""
-    moved = fn(t)
-    return moved if moved.dtype == t.dtype else t.to(moved.device)
+    """fn(t) in t's dtype: torch converts floating tensors only, so that they pass as their bits.
+
+    What is no floating tensor, `module.type(dtype)` alone may have given another dtype.
+    """
+    bits = t.view(BITS[t.element_size()]) if t.is_floating_point() else t
+    moved = fn(bits)
+    moved = moved if moved.dtype == bits.dtype else bits.to(moved.device)
+    return moved.view(t.dtype) if t.is_floating_point() else moved

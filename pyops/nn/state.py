@@ -10,21 +10,38 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyops.memory import has_values
+
 EXTRA_STATE = "_extra_state"
 
 
-def check_entry(key: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype | None) -> str | None:
+def check_entry(
+    key: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype | tuple[torch.dtype, ...] | None
+) -> str | None:
     """What is wrong with an entry of a state_dict, or None. `dtype` None allows any floating dtype."""
+    return wrong_type(key, value, dtype) or wrong_value(key, value, shape, finite=dtype is not None)
+
+
+def wrong_type(key: str, value: Any, dtype: torch.dtype | tuple[torch.dtype, ...] | None) -> str | None:
+    """What is wrong with the type or dtype of a tensor, or None. `dtype` None allows any floating dtype."""
     if not isinstance(value, torch.Tensor):
         return f"{key} must be a tensor, got {type(value).__name__}."
-    if dtype is None and not value.is_floating_point():
-        return f"{key} has dtype {value.dtype}, expected a floating-point dtype."
-    if dtype is not None and value.dtype != dtype:
-        hint = " This looks like the checkpoint of a float layer: load it before the layer is quantized."
-        return f"{key} has dtype {value.dtype}, expected {dtype}.{hint if value.is_floating_point() else ''}"
+    if dtype is None:
+        return None if value.is_floating_point() else f"{key} has dtype {value.dtype}, expected a floating-point dtype."
+    allowed = (dtype,) if isinstance(dtype, torch.dtype) else dtype
+    if value.dtype in allowed:
+        return None
+    float_layer = value.is_floating_point() and not any(a.is_floating_point and a.itemsize > 1 for a in allowed)
+    hint = " This looks like the checkpoint of a float layer: load it before the layer is quantized."
+    return f"{key} has dtype {value.dtype}, expected {' or '.join(map(str, allowed))}.{hint if float_layer else ''}"
+
+
+def wrong_value(key: str, value: torch.Tensor, shape: tuple[int, ...], finite: bool) -> str | None:
+    """What is wrong with the shape of a tensor, or, where `finite`, with its values; None if nothing is."""
     if tuple(value.shape) != shape:
         return f"size mismatch for {key}: got {tuple(value.shape)} from the checkpoint, the layer has {shape}."
-    if dtype is torch.float32 and _has_values(value) and not bool(value.isfinite().all()):
+    looked_at = finite and value.is_floating_point() and value.element_size() > 1  # torch cannot ask it of fp8
+    if looked_at and has_values(value) and not bool(value.isfinite().all()):
         return f"{key} holds NaN or Inf."
     return None
 
@@ -69,8 +86,3 @@ def _names(module: nn.Module, also: Iterable[str]) -> list[str]:
         if value is not None and key not in module._non_persistent_buffers_set:
             names.append(key)
     return names
-
-
-def _has_values(t: torch.Tensor) -> bool:
-    """False for tensors that have a shape only: on meta, or fake."""
-    return not t.is_meta and not isinstance(t, torch._subclasses.FakeTensor)

@@ -35,6 +35,7 @@ from torch.autograd import forward_ad
 
 from pyops.ops.epilogue import activation_backward, epilogue_ref
 from pyops.ops.int8_linear import FLOAT_DTYPES, MAX_K, QMAX, check_x_scale, quantize_int8, quantize_rows_ref
+from pyops.ops.linear_shared import as_scale
 from pyops.ops.registry import register
 from pyops.ops.sparse_checks import check_args, check_padding, check_pair
 from pyops.ops.sparse_conv2d import empty_y, fake_conv2d, padded, refuse_tangents
@@ -209,8 +210,7 @@ def int8_sparse_conv2d(
     if single:
         x = x[None]
         residual = residual[None] if isinstance(residual, torch.Tensor) else residual
-    if isinstance(x, torch.Tensor) and isinstance(x_scale, (int, float)) and not isinstance(x_scale, bool):
-        x_scale = torch.full((), x_scale, dtype=torch.float32, device=x.device)
+    x_scale = as_scale(x, x_scale)
     window = (stride, padding, dilation, weight.groups)
     structure = (weight.values, w_scale, weight.crow_indices, weight.col_indices, weight.shape)
     check_call(x, *structure, bias, residual, *window, activation, x_scale)

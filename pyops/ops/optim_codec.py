@@ -26,6 +26,8 @@ import math
 import torch
 from torch import Tensor
 
+from pyops.sizes import ceil_div
+
 BLOCK = 128
 """Elements that share a scale."""
 CUT_BITS = 19
@@ -81,11 +83,11 @@ def round_to_bf16(x: Tensor, bits: Tensor) -> Tensor:
 def scale_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the scales of a state of `shape`: blocks of 1-D states, (slices, blocks of a slice) of others."""
     if len(shape) < 2:
-        return (-(-(shape[0] if shape else 1) // BLOCK),)
+        return (ceil_div(shape[0] if shape else 1, BLOCK),)
     rest = 1
     for size in shape[1:]:
         rest *= size
-    return shape[0], -(-rest // BLOCK)
+    return shape[0], ceil_div(rest, BLOCK)
 
 
 def blocks(x: Tensor, shape: tuple[int, ...]) -> Tensor:

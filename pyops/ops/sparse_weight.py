@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from pyops.memory import has_values
 from pyops.ops.sparse_packed import PackedCache
+from pyops.sizes import ceil_div
 
 PATTERNS: dict[str, tuple[int, int]] = {
     "unstructured": (1, 1),
@@ -47,12 +48,12 @@ Ints = tuple[int, ...] | list[int]
 
 def block_rows(shape: Ints, block: Ints, groups: int) -> int:
     """OB, the number of block rows of a weight [O, Cg, R, S]."""
-    return groups * -(-(shape[0] // groups) // block[0])
+    return groups * ceil_div(shape[0] // groups, block[0])
 
 
 def block_columns(shape: Ints, block: Ints) -> int:
     """CB · R · S, the number of block columns of a weight [O, Cg, R, S]."""
-    return -(-shape[1] // block[1]) * shape[2] * shape[3]
+    return ceil_div(shape[1], block[1]) * shape[2] * shape[3]
 
 
 def block_index(crow: torch.Tensor, col: torch.Tensor, columns: int) -> torch.Tensor:
@@ -74,8 +75,8 @@ def scatter_blocks(
     bo, bc = block
     rows, columns = block_rows(shape, block, groups), block_columns(shape, block)
     blocks = values.new_zeros(rows * columns, bo, bc).index_copy(0, block_index(crow, col, columns), values)
-    blocks = blocks.view(groups, rows // groups, -(-Cg // bc), R, S, bo, bc).permute(0, 1, 5, 2, 6, 3, 4)
-    dense = blocks.reshape(groups, rows // groups * bo, -(-Cg // bc) * bc, R, S)
+    blocks = blocks.view(groups, rows // groups, ceil_div(Cg, bc), R, S, bo, bc).permute(0, 1, 5, 2, 6, 3, 4)
+    dense = blocks.reshape(groups, rows // groups * bo, ceil_div(Cg, bc) * bc, R, S)
     return dense[:, : O // groups, :Cg].reshape(O, Cg, R, S)
 
 
@@ -83,7 +84,7 @@ def all_blocks(dense: torch.Tensor, block: Ints, groups: int) -> torch.Tensor:
     """Every block of a dense weight [O, Cg, R, S], row by row: [OB · CB · R · S, bo, bc], padded with zeros."""
     O, Cg, R, S = dense.shape
     bo, bc = block
-    rows, cb = block_rows(dense.shape, block, groups) // groups, -(-Cg // bc)
+    rows, cb = block_rows(dense.shape, block, groups) // groups, ceil_div(Cg, bc)
     padded = dense.reshape(groups, O // groups, Cg, R, S)
     padded = F.pad(padded, (0, 0, 0, 0, 0, cb * bc - Cg, 0, rows * bo - O // groups))
     blocks = padded.view(groups, rows, bo, cb, bc, R, S).permute(0, 1, 3, 5, 6, 2, 4)
@@ -167,7 +168,7 @@ def check_pattern(pattern: str) -> None:
 def is_2_4(mask: torch.Tensor) -> bool:
     """True if mask [O, Cg, R, S] keeps at most 2 of every 4 consecutive input channels, the last may be fewer."""
     O, Cg, R, S = mask.shape
-    padded = F.pad(mask, (0, 0, 0, 0, 0, -Cg % 4)).view(O, -(-Cg // 4), 4, R, S)
+    padded = F.pad(mask, (0, 0, 0, 0, 0, -Cg % 4)).view(O, ceil_div(Cg, 4), 4, R, S)
     return bool((padded.sum(2) <= 2).all())
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyops.ops.optim_codec import BLOCK
+from pyops.sizes import ceil_div
 
 PLAIN = (Tensor, torch.nn.Parameter)
 Spec = tuple[Any, tuple]
@@ -79,7 +80,7 @@ def keeps_blocks(spec: Spec | None, shape: tuple[int, ...]) -> bool:
     if not all(type(pl) is Replicate or (type(pl) is Shard and pl.dim == 0) for pl in placements):
         return False
     cuts = _cuts(spec)
-    return len(shape) > 1 or not cuts or (len(cuts) == 1 and -(-shape[0] // mesh.size(cuts[0])) % BLOCK == 0)
+    return len(shape) > 1 or not cuts or (len(cuts) == 1 and ceil_div(shape[0], mesh.size(cuts[0])) % BLOCK == 0)
 
 
 def like(shard: Tensor, p: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -26,6 +26,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from pyops.nn.effective import effective
 from pyops.prune.layers import check_layer, install, mask_of
+from pyops.sizes import ceil_div
 
 
 class Method(BasePruningMethod):
@@ -210,7 +211,7 @@ def unit_scores(t: Tensor, unit: tuple[int, int, int], p: float) -> tuple[Tensor
     dtype = t.dtype if t.dtype == torch.float64 else torch.float32
     if unit == (1, 1, 1):
         return t.abs().to(dtype), torch.ones((), dtype=torch.int32, device=t.device).expand(t.shape)
-    grid = [-(-length // size) for length, size in zip(t.shape, unit, strict=True)]
+    grid = [ceil_div(length, size) for length, size in zip(t.shape, unit, strict=True)]
     padding = [n * size - length for n, size, length in zip(grid, unit, t.shape, strict=True)]
     cut = F.pad(t, [v for pad in reversed(padding) for v in (0, pad)])
     cut = cut.reshape(grid[0], unit[0], grid[1], unit[1], grid[2], unit[2])
