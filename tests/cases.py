@@ -38,6 +38,41 @@ SHAPES = (
 )
 """1, primes, and one less, exact and one more than every tile of a kernel."""
 
+ROW_COUNTS = (2, 3, 4, 5, 13, 14, 15, 17, 40, 130, 700)
+"""Rows on both sides of every choice that a CPU kernel makes by their number."""
+
+
+def assert_rows_are_those_alone(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> None:
+    """Of `run`, x [M, K] → y [M, N]: a row of y has the same bits whichever rows come with it."""
+    alone = torch.cat([run(row) for row in x.split(1)])
+    for M in (M for M in ROW_COUNTS if len(x) >= M):
+        assert torch.equal(run(x[:M]), alone[:M]), M
+
+
+def assert_compiles_in_full(f: Callable[[torch.Tensor], torch.Tensor], K: int, requires_grad: bool) -> None:
+    """Of `f`, x [M, K] → y: one graph for every M, the same result and gradient."""
+    compiled = torch.compile(f, fullgraph=True, dynamic=True)
+    for M in (5, 9):
+        x = randn(M, K).requires_grad_(requires_grad)
+        assert torch.equal(compiled(x), f(x))
+        if requires_grad:
+            a, b = (torch.autograd.grad(g(x).sum(), x)[0] for g in (compiled, f))
+            torch.testing.assert_close(a, b)
+
+
+def of_every_isa(run: Callable[[], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `run` returns under each instruction set of this machine, by its name; needs the compiled kernels."""
+    before = backend.native.cpu_isa()
+    results = {}
+    try:
+        for name in backend.native.available_cpu_isas():
+            backend.native.force_cpu_isa(name)
+            results[name] = run()
+    finally:
+        backend.native.force_cpu_isa(before)
+    return results
+
+
 EMPTY_SHAPES = ((0, 5, 7), (3, 0, 7), (3, 5, 0), (40, 65, 0), (0, 0, 0))
 LONG_SHAPES = ((1, 33, 65536), (3, 5, 40001), (18, 32, 65536))
 
@@ -80,6 +115,25 @@ def randint(low: int, high: int, *shape: int, dtype: torch.dtype = torch.int8, s
     return torch.randint(low, high + 1, shape, generator=generator).to(dtype)
 
 
+BAD_EPILOGUES: dict[str, tuple[type[Exception], str, dict[str, object]]] = {
+    "bias is short": (ValueError, r"bias is \(4,\); expected \(5,\)", {"bias": torch.ones(4)}),
+    "bias is int": (TypeError, r"bias has dtype torch\.int32", {"bias": torch.ones(5, dtype=torch.int32)}),
+    "residual would broadcast": (
+        ValueError,
+        r"residual is \(1, 5\); expected \(3, 5\)",
+        {"residual": torch.ones(1, 5)},
+    ),
+    "residual in another dtype": (
+        TypeError,
+        r"residual has dtype torch\.float16, x torch\.float32",
+        {"residual": torch.ones(3, 5, dtype=torch.float16)},
+    ),
+    "unknown activation": (ValueError, r"activation='swish' is not one of none, relu", {"activation": "swish"}),
+    "activation is None": (ValueError, r"activation=None", {"activation": None}),
+}
+"""What every linear layer refuses beside x [3, K] fp32 and 5 outputs: the error, its message, the arguments."""
+
+
 # ------------------------------------------------------------------------------------------- samples of every op
 
 
@@ -95,7 +149,12 @@ def _int8_linear_samples(requires_grad: bool) -> list[tuple]:
             samples.append((x, weight, scale))
             samples.append((x, weight, scale, bias, residual, activation))
             samples.append((x, weight, scale, None, None, activation, torch.tensor(0.02)))
+            samples.append((x, weight, scale, bias, None, activation, torch.tensor(0.02), randn(70).abs() + 0.1))
     return samples
+
+
+def _int8_weight_linear_samples(requires_grad: bool) -> list[tuple]:
+    return [sample[:6] for sample in _int8_linear_samples(requires_grad) if len(sample) <= 6]
 
 
 def _optim_step_samples(requires_grad: bool) -> list[tuple]:
@@ -168,6 +227,47 @@ def _sparse_conv2d_samples(requires_grad: bool) -> list[tuple]:
     return samples
 
 
+def _int4_dequantize_samples(requires_grad: bool) -> list[tuple]:
+    samples = []
+    for (N, K, G, symmetric), dtype in zip(
+        ((33, 70, 32, False), (32, 130, -1, True), (5, 200, 128, False)), FLOATS, strict=True
+    ):
+        w = ops.pack_int4(*ops.quantize_int4(randn(N, K), G, symmetric=symmetric, scale_dtype=dtype), K, G)
+        samples.append((*w, G, N, K, dtype))
+    return samples
+
+
+def _int8_dequantize_samples(requires_grad: bool) -> list[tuple]:
+    return [
+        (ops.pack_int8(randint(-128, 127, N, K)), randn(N), K, dtype)
+        for (N, K), dtype in zip(((33, 70), (32, 64), (5, 129)), FLOATS, strict=True)
+    ]
+
+
+def _int4_linear_samples(requires_grad: bool) -> list[tuple]:
+    samples = []
+    for G, compute, activation, symmetric in ((32, "int8", "gelu", False), (-1, "float", "none", True)):
+        w = ops.quantize_int4(randn(33, 70), G, symmetric=symmetric)
+        x, bias, residual = (randn(*shape).requires_grad_(requires_grad) for shape in ((2, 5, 70), (33,), (2, 5, 33)))
+        order = torch.randperm(70, generator=torch.Generator().manual_seed(0)).int() if symmetric else None
+        rest = (bias, residual, activation, G, 33, order, compute)
+        samples += [(x, *w, *rest), (x, *ops.pack_int4(*w, 70, G), *rest)]
+    return samples
+
+
+def _fp8_linear_samples(requires_grad: bool) -> list[tuple]:
+    samples = []
+    for i, granularity in enumerate(("row", "block")):
+        for dtype, activation in ((torch.float32, "gelu"), (torch.bfloat16, "none")):
+            codes, scale = ops.quantize_fp8(randn(33, 140), granularity)
+            w = codes.view(torch.uint8), scale  # opcheck compares its arguments, which torch cannot in float8
+            x, residual = (randn(*s, dtype=dtype).requires_grad_(requires_grad) for s in ((2, 5, 140), (2, 5, 33)))
+            bias = randn(33).requires_grad_(requires_grad)
+            samples += [(x, *w), (x, *w, bias, residual, activation)]
+        samples += [(x, *w, None, None, "silu", torch.tensor(0.02))] if i == 0 else []
+    return samples
+
+
 def _int8_sparse_conv2d_samples(requires_grad: bool) -> list[tuple]:
     """Quads that end within a group and not, strided and dilated, with and without epilogue, dynamic and static."""
     samples = []
@@ -217,10 +317,24 @@ def sparse_weight(
     return ops.SparseWeight.from_dense(w, mask, **options)
 
 
+def _fake_int4_samples(requires_grad: bool) -> list[tuple]:
+    return [
+        (randn(33, 70), 32, False, torch.bfloat16),
+        (randn(5, 64, dtype=torch.bfloat16), 64, True, torch.float16),
+        (randn(3, 7), -1, False, torch.float32),
+    ]
+
+
 OP_SAMPLES: dict[str, Callable[[bool], list[tuple]]] = {
     "adafactor_step": _adafactor_step_samples,
+    "fake_int4": _fake_int4_samples,
+    "fp8_linear": _fp8_linear_samples,
+    "int4_dequantize": _int4_dequantize_samples,
+    "int4_linear": _int4_linear_samples,
     "int8_linear": _int8_linear_samples,
+    "int8_dequantize": _int8_dequantize_samples,
     "int8_sparse_conv2d": _int8_sparse_conv2d_samples,
+    "int8_weight_linear": _int8_weight_linear_samples,
     "optim_step": _optim_step_samples,
     "optim_sum_squares": _optim_sum_squares_samples,
     "sparse_conv2d": _sparse_conv2d_samples,

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyops import backend
+from pyops import backend, measure
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 POISON_BYTE = 0xFE
@@ -66,6 +66,13 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`swap_` times layers for milliseconds: what it measures is not looked at."""
+    monkeypatch.setattr(measure, "TURN_S", 1e-4)
+    monkeypatch.setattr(measure, "BUDGET_S", 1e-3)
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from torch import nn
 
 import pyops
 from pyops import fuse
-from pyops.nn import Int8Linear, SparseConv1d, SparseConv2d, SparseLinear
+from pyops.nn import Int4Linear, Int8Linear, SparseConv1d, SparseConv2d, SparseLinear
+from pyops.nn.linear import QuantLinear
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 ACTIVATIONS = {
@@ -31,6 +32,7 @@ LAYERS = {
     "conv1d": (lambda: SparseConv1d(3, 8, 3), (2, 3, 7)),
     "linear": (lambda: SparseLinear(5, 8, pattern="oc_block8"), (3, 5)),
     "int8": (lambda: Int8Linear(5, 8), (3, 5)),
+    "int4": (lambda: Int4Linear(5, 8), (3, 5)),
 }
 
 
@@ -92,7 +94,7 @@ def test_every_layer(layer, how):
     torch.manual_seed(1)
     inner = nn.Sequential(make(), nn.Identity(), nn.ReLU(inplace=True), nn.Dropout(0.0))
     model = inner if how == "fx" else Opaque(inner)
-    dtype = torch.float32 if layer == "int8" else torch.float64
+    dtype = torch.float32 if layer in ("int8", "int4") else torch.float64
     model.to(dtype).train()
     x, act = randn(*shape, dtype=dtype), inner[2]
     before = run(model, x)
@@ -100,7 +102,7 @@ def test_every_layer(layer, how):
     row = only(pyops.fuse_activations_(model, x if how == "run" else None))
     assert row == pyops.Fused(f"{prefix}0", "relu", True, f"in place of {prefix}2 (ReLU)")
     assert (inner[0].activation, type(inner[2]), inner[2].training) == ("relu", nn.Identity, act.training)
-    assert_same(before, run(model, x), **({"rtol": 1e-5, "atol": 1e-6} if layer == "int8" else EXACT))
+    assert_same(before, run(model, x), **({"rtol": 1e-5, "atol": 1e-6} if layer in ("int8", "int4") else EXACT))
     again = only(pyops.fuse_activations_(model))
     assert again == pyops.Fused(f"{prefix}0", "relu", False, "it already applies relu")
 
@@ -109,7 +111,7 @@ def test_every_layer(layer, how):
 def test_every_activation(name):
     for make, shape in LAYERS.values():
         model = nn.Sequential(make(), ACTIVATIONS[name]())
-        dtype = torch.float32 if isinstance(model[0], Int8Linear) else torch.float64
+        dtype = torch.float32 if isinstance(model[0], QuantLinear) else torch.float64
         model, x = model.to(dtype), randn(*shape, dtype=dtype) * 3
         before = run(model, x)
         assert only(pyops.fuse_activations_(model)).fused

@@ -6,6 +6,7 @@ import math
 
 import cases
 import conftest
+import numpy as np
 import pytest
 import torch
 from cases import randint, randn
@@ -21,10 +22,10 @@ PACKED = pytest.mark.parametrize("packed", [False, True], ids=["canonical", "pac
 ONE = torch.ones(())
 
 
-def oracle(x, q_w, w_scale, bias=None, residual=None, activation="none", x_scale=None):
+def oracle(x, q_w, w_scale, bias=None, residual=None, activation="none", x_scale=None, smooth=None):
     """The equation in float64 on the same integers, with the magnitude of the terms that it adds."""
     N, K = q_w.shape
-    q_x, s_x = quantize_rows_ref(x.reshape(math.prod(x.shape[:-1]), K), x_scale)
+    q_x, s_x = quantize_rows_ref(x.reshape(math.prod(x.shape[:-1]), K), x_scale, smooth)
     acc = (q_x.double() @ q_w.double().T) * (s_x.double()[:, None] * w_scale.double())
     terms = [acc]
     terms += [] if bias is None else [bias.double().expand_as(acc)]
@@ -190,9 +191,12 @@ def test_any_problem(data):
         residual = residual.T.contiguous().T if data.draw(st.booleans()) else residual
     static = data.draw(st.sampled_from(["dynamic", "one", "rows"]))
     x_scale = {"dynamic": None, "one": torch.tensor(scale / 50), "rows": torch.full((M,), scale / 40)}[static]
+    smooth = randn(K, seed=seed + 3).abs() + 0.05 if data.draw(st.booleans(), label="smooth") else None
     weight = form(q_w, data.draw(st.booleans(), label="packed"))
-    y = ops.int8_linear(x, weight, w_scale, bias, residual=residual, activation=activation, x_scale=x_scale)
-    assert_close_to_oracle(y, x, q_w, w_scale, bias, residual, activation, x_scale)
+    y = ops.int8_linear(
+        x, weight, w_scale, bias, residual=residual, activation=activation, x_scale=x_scale, smooth=smooth
+    )
+    assert_close_to_oracle(y, x, q_w, w_scale, bias, residual, activation, x_scale, smooth)
 
 
 # ------------------------------------------------------------------------------------------- shapes and strides
@@ -298,6 +302,66 @@ def test_static_scale_of_each_row(isa):
     assert torch.equal(y.view(21, 40), torch.cat(rows))
 
 
+def quantize_by_hand(x, scale, smooth):
+    """The integers of the contract, written out in numpy, one rounding to fp32 after the other."""
+    with np.errstate(all="ignore"):
+        v = x.float().numpy()
+        if smooth is not None:
+            v = v * (np.float32(1) / smooth.numpy())
+        amax = np.abs(v).max(axis=1, keepdims=True)
+        inverse = np.float32(127) / amax if scale is None else np.float32(1) / scale.numpy().reshape(-1, 1)
+        q = np.clip(np.rint(v * inverse), -127, 127)
+    s = amax / np.float32(127) if scale is None else np.broadcast_to(scale.numpy().reshape(-1, 1), amax.shape)
+    assert v.dtype == inverse.dtype == np.float32
+    return torch.from_numpy(q), torch.from_numpy(s.copy())
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
+@pytest.mark.parametrize("smoothed", [False, True], ids=["plain", "smooth"])
+@pytest.mark.parametrize("scales", ["dynamic", "one", "rows"])
+def test_static_and_smoothed_integers_are_exact(isa, scales, smoothed, dtype):
+    """An identity weight shows s_x · q_x, of every tail of a vector and of 64."""
+    for M, K in ((1, 1), (1, 63), (3, 31), (5, 64), (17, 129), (40, 300)):
+        x = randn(M, K, dtype=dtype, scale=3.0)
+        smooth = randn(K, seed=4).exp() if smoothed else None
+        scale = {"dynamic": None, "one": torch.tensor(0.031), "rows": randn(M, seed=3).abs() * 0.02 + 0.01}[scales]
+        q, s = quantize_by_hand(x, scale, smooth)
+        y = ops.int8_linear(x, torch.eye(K, dtype=torch.int8), torch.ones(K), x_scale=scale, smooth=smooth)
+        assert torch.equal(y, (q * s).to(dtype)), (M, K)
+        q_ref, s_ref = quantize_rows_ref(x, scale, smooth)
+        assert torch.equal(q_ref.float(), q)
+        assert torch.equal(s_ref, s[:, 0])
+
+
+def test_huge_finite_values_saturate(isa):
+    """x · (1 / s_x) overflows to Inf, which is clamped as any number beyond 127; NaN and Inf of x itself are not."""
+    x = torch.tensor([[3e38, -3e38, 1.0, -1e10, 0.0, 1e-45], [1.0, torch.nan, 3e38, 1.0, 1.0, 1.0]])
+    y = ops.int8_linear(x, torch.eye(6, dtype=torch.int8), torch.ones(6), x_scale=1e-30)
+    assert torch.equal(y[0], torch.tensor([127.0, -127, 127, -127, 0, 0]) * torch.tensor(1e-30))
+    assert y[1].isnan().all()
+
+
+def test_a_row_that_overflows_when_smoothed_is_not_finite(isa):
+    x = torch.tensor([[1e38, 1.0], [1.0, 2.0]])
+    for x_scale in (None, 0.1):
+        y = ops.int8_linear(
+            x, torch.eye(2, dtype=torch.int8), torch.ones(2), x_scale=x_scale, smooth=torch.tensor([1e-3, 1.0])
+        )
+        assert y[0].isnan().all()
+        assert y[1].isfinite().all()
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_gradient_of_a_smoothed_input(static):
+    smooth = torch.tensor([0.5, 2.0, 4.0])
+    q_w = torch.tensor([[10, -20, 127], [3, 50, -7]], dtype=torch.int8)
+    x = torch.tensor([[1.0, -300.0, 2.0]], requires_grad=True)
+    y = ops.int8_linear(x, q_w, torch.ones(2), x_scale=1.0 if static else None, smooth=smooth)
+    y.backward(torch.tensor([[1.0, 2.0]]))
+    inside = torch.tensor([1.0, 0.0, 1.0]) if static else torch.ones(3)  # -300 / 2 lies beyond -127.5
+    assert torch.equal(x.grad[0], (q_w[0] + 2.0 * q_w[1]) / smooth * inside)
+
+
 # ------------------------------------------------------------------------------------------- determinism
 
 
@@ -312,20 +376,25 @@ def test_threads_and_repeats_give_the_same_bits(isa, threads):
             assert torch.equal(ops.int8_linear(x, packed, w_scale, activation="gelu"), first), (shape, n)
 
 
+@cases.needs_native  # torch's activations differ with where a value lies
+@pytest.mark.parametrize("packed", [False, True], ids=["canonical", "packed"])
+@pytest.mark.parametrize("scale", [None, 0.02], ids=["dynamic", "static"])
+def test_a_row_has_the_same_bits_alone(isa, scale, packed):
+    """Every kernel and every height of its tiles, K in one range and in several."""
+    for N, K, dtype in ((45, 333, torch.bfloat16), (33, 1301, torch.float32)):
+        x, q_w, w_scale = problem(700, N, K, dtype)
+        options = {"activation": "gelu", "x_scale": None if scale is None else torch.tensor(scale)}
+        args = form(q_w, packed), w_scale, randn(N)
+        cases.assert_rows_are_those_alone(lambda x, a=args, o=options: ops.int8_linear(x, *a, **o), x)
+
+
 @cases.needs_native
 def test_every_isa_gives_the_same_integers():
     """Only the rounding of the epilogue may differ, and it is the same fp32 arithmetic."""
     x, q_w, w_scale = problem(37, 100, 333)
-    results = []
-    before = backend.native.cpu_isa()
-    try:
-        for name in backend.native.available_cpu_isas():
-            backend.native.force_cpu_isa(name)
-            results.append(ops.int8_linear(x, ops.pack_int8(q_w), w_scale))
-    finally:
-        backend.native.force_cpu_isa(before)
-    for result in results:
-        torch.testing.assert_close(result, results[0], rtol=1e-6, atol=1e-6)
+    results = cases.of_every_isa(lambda: ops.int8_linear(x, ops.pack_int8(q_w), w_scale))
+    for result in results.values():
+        torch.testing.assert_close(result, results["generic"], rtol=1e-6, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------- gradients
@@ -396,21 +465,14 @@ def test_no_graph_without_gradients():
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["", "requires_grad"])
 def test_compile_in_full(fresh_compiler, requires_grad):
-    x, q_w, w_scale = problem(5, 33, 70)
+    _, q_w, w_scale = problem(5, 33, 70)
     weight = ops.pack_int8(q_w)
     bias = randn(33)
 
     def f(x):
         return ops.int8_linear(x * 2, weight, w_scale, bias, activation="silu") + 1
 
-    compiled = torch.compile(f, fullgraph=True, dynamic=True)
-    for M in (5, 9):
-        x = randn(M, 70).requires_grad_(requires_grad)
-        y = compiled(x)
-        assert torch.equal(y, f(x))
-        if requires_grad:
-            a, b = (torch.autograd.grad(g(x).sum(), x)[0] for g in (compiled, f))
-            torch.testing.assert_close(a, b)
+    cases.assert_compiles_in_full(f, 70, requires_grad)
 
 
 def test_fake_tensors_of_cuda():

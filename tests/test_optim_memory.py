@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
+from memory_use import grown, needs_account_of_memory
 from optim_cases import RICH, case_id, ours
 
 from pyops import backend
 
-PEAK = Path("/proc/self/clear_refs")  # 5 written to it sets the peak, VmHWM, to what is resident now
 ROWS, COLUMNS = 4096, 2048
 SIZE = 4 * ROWS * COLUMNS
 
-pytestmark = pytest.mark.skipif(
-    backend.native is None or not PEAK.exists() or not hasattr(ctypes.CDLL(None), "malloc_trim"),
-    reason="wants the compiled kernels, glibc and Linux's account of memory",
-)
-
-
-def resident(field: str) -> int:
-    """Bytes, as /proc/self/status has them."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def grown(run: Callable[[], object]) -> int:
-    """By how many bytes the resident memory rose at most during `run`."""
-    ctypes.CDLL(None).malloc_trim(0)  # what other tests freed is resident until then, and taken again would not show
-    PEAK.write_text("5")
-    before = resident("VmRSS")
-    run()
-    return resident("VmHWM") - before
+pytestmark = [
+    needs_account_of_memory,
+    pytest.mark.skipif(backend.native is None, reason="wants the compiled kernels"),
+]
 
 
 def test_a_temporary_is_seen():

@@ -25,10 +25,8 @@ from pyops.structure import structure_of
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(monkeypatch, tmp_path):
+def _own_cache(monkeypatch, tmp_path, short_turns):
     monkeypatch.setenv("PYOPS_CACHE", str(tmp_path))
-    monkeypatch.setattr(measure, "TURN_S", 1e-4)
-    monkeypatch.setattr(measure, "BUDGET_S", 1e-3)
 
 
 @pytest.fixture

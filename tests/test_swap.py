@@ -17,11 +17,7 @@ from pyops import measure
 from pyops.nn import Int8Linear
 from pyops.report import UNCHANGED, Report, Row
 
-
-@pytest.fixture(autouse=True)
-def _short_turns(monkeypatch):
-    monkeypatch.setattr(measure, "TURN_S", 1e-4)
-    monkeypatch.setattr(measure, "BUDGET_S", 1e-3)
+pytestmark = pytest.mark.usefixtures("short_turns")
 
 
 def mlp():
@@ -169,6 +165,24 @@ def test_subclasses_have_a_row_each():
     }
     assert [name for name, row in rows.items() if row.swapped] == ["plain"]
     assert rows["plain"].kind == "Plain"
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (pyops.Int8Dynamic(), "in_features above 132104 could overflow the int32 sum"),
+        (pyops.Int8Static(calibration=()), "in_features above 132104 could overflow the int32 sum"),
+        (pyops.Int8Weight(), "in_features above 132104 are more than an Int8Linear takes"),
+        (pyops.Int4Weight(), "in_features above 1056832 could overflow the int32 sum of compute='int8'"),
+        (pyops.Fp8Dynamic(), "in_features above 16777200 are more than an Fp8Linear takes"),
+    ],
+    ids=lambda value: getattr(value, "choice", ""),
+)
+def test_why_a_layer_is_too_wide(config, reason):
+    """The limit is the layer's; only some of them add up in int32."""
+    most = config.module.max_in_features
+    assert config.refusal(nn.Linear(most + 1, 1, device="meta")) == reason
+    assert config.refusal(nn.Linear(most, 1, device="meta")) is None
 
 
 @pytest.mark.parametrize("norm_first", [False, True])

@@ -26,7 +26,18 @@ from optim_args import CODED, Args, make
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from pyops.kernels import int8_linear, optim, optim_norm, optim_numbers, sparse_conv2d
+from pyops.kernels import (
+    fp8_linear,
+    int4_linear,
+    int8_linear,
+    int8_weight_linear,
+    matmul,
+    optim,
+    optim_norm,
+    optim_numbers,
+    quantize,
+    sparse_conv2d,
+)
 from pyops.ops import SparseWeight
 from pyops.ops.epilogue import ACTIVATIONS
 from pyops.ops.optim_rules import RULES
@@ -185,7 +196,103 @@ def compile_int8_linear() -> list:
     for K in (8, 256, 4096, 16384, 20480):
         int8_linear.quantize_rows(torch.zeros(64, K, dtype=torch.bfloat16))
     int8_linear.quantize_rows(torch.zeros(64, 4096), torch.ones(64))
-    return [tuner, int8_linear._quantize_rows_kernel, int8_linear._reduce_kernel]
+    int8_linear.quantize_rows(torch.zeros(64, 40960), torch.ones(1), torch.ones(40960))
+    return [tuner, quantize._quantize_kernel, matmul._reduce_kernel]
+
+
+def compile_int4_linear() -> list:
+    """Every config in its dtype, then what costs registers: activations, odd N, fp32 scales, all groups, both zeros."""
+    tuner = int4_linear._int4_linear_kernel
+    tuner.do_bench = run_once
+    tuner.cache_results = False
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+
+    def call(M, G, dtype, N=4096, K=4096, activation="none", symmetric=False, scale_dtype=bf16, compute="float"):
+        x, weight = torch.zeros(M, K, dtype=dtype), torch.zeros(N, K // 2, dtype=torch.uint8)
+        groups = -(-K // G) if G > 0 else 1
+        scale = torch.ones(N, groups, dtype=scale_dtype)
+        zero = None if symmetric else torch.zeros(N, groups, dtype=torch.uint8)
+        residual = torch.zeros(N, M, dtype=dtype).T
+        int4_linear.int4_linear(x, weight, scale, zero, torch.zeros(N), residual, activation, G, N, None, compute)
+
+    for M in (16, 32, 128):
+        call(M, 128, bf16)
+    for M in (4, 16, 64):
+        call(M, 128, fp32)
+    for M in (16, 64):
+        call(M, 32, bf16, compute="int8")
+
+    tuner.configs = [config for config in int4_linear.CONFIGS if config.kwargs["BLOCK_K"] == 128][-1:]
+    call(128, 128, bf16, N=4097, activation="gelu", compute="int8")
+    call(128, 128, bf16, N=4097, K=4128, activation="gelu", scale_dtype=fp32)
+    call(128, 32, fp16, symmetric=True, activation="tanh", scale_dtype=fp16)
+    for G, dtype in ((32, fp16), (192, bf16)):
+        call(300, G, dtype, N=1024, K=1536, scale_dtype=bf16 if G != 32 else fp32, activation="silu")
+    if triton.runtime.driver.active.get_current_target().arch == 90:
+        call(128, -1, bf16, symmetric=True, compute="int8")
+        call(300, -1, fp32, N=1024, K=1536)
+        tuner.configs = int4_linear.CONFIGS
+        call(16, -1, bf16, N=65536, K=4128, activation="gelu")  # no split, and K ends inside a step
+    return [tuner, int4_linear._dequantize_kernel, matmul._reduce_kernel]
+
+
+def compile_int8_weight_linear() -> list:
+    """Every config in its dtype, then what costs registers: activations, odd N, K that ends inside a step."""
+    tuner = int8_weight_linear._int8_weight_linear_kernel
+    tuner.do_bench = run_once
+    tuner.cache_results = False
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+
+    def call(M, dtype, N=4096, K=4096, activation="none"):
+        x, weight, residual = torch.zeros(M, K, dtype=dtype), torch.zeros(N, K, dtype=torch.int8), torch.zeros(N, M)
+        int8_weight_linear.int8_weight_linear(
+            x, weight, torch.ones(N), torch.zeros(N), residual.to(dtype).T, activation
+        )
+
+    for M in (16, 32, 128):
+        call(M, bf16)
+    for M in (4, 16, 64):
+        call(M, fp32)
+    for dtype in (bf16, fp32):
+        call(300, dtype, N=256, K=1024)
+    tuner.configs = int8_weight_linear.CONFIGS[-1:]
+    call(128, fp16, N=4097, K=4112, activation="gelu")
+    return [tuner, int8_weight_linear._dequantize_rows_kernel]
+
+
+def compile_fp8_linear() -> list:
+    """Every config by row and by block, then the largest with what costs registers; nothing where there is no e4m3."""
+    tuner = fp8_linear._fp8_linear_kernel
+    tuner.do_bench = run_once
+    tuner.cache_results = False
+    fp8_linear.SCALED_MM_M = 1 << 30  # no CPU has time for torch's stand-in of it
+
+    def call(M, N, K, dtype=torch.bfloat16, activation="none", by_block=False, strided=False, x_scale=None):
+        w_scale = torch.ones(-(-N // 128), -(-K // 128)) if by_block else torch.ones(N)
+        residual = torch.zeros(N, M, dtype=dtype).T if strided else torch.zeros(M, N, dtype=dtype)
+        weight = torch.zeros(N, K, dtype=torch.uint8)
+        x = torch.zeros(M, K, dtype=dtype)
+        fp8_linear.fp8_linear(x, weight, w_scale, torch.zeros(N), residual, activation, x_scale)
+
+    if fp8_linear._capability(None) < fp8_linear.FIRST_FP8:
+        call(16, 256, 256)
+        assert not compiled_variants(tuner), "the device has no e4m3"
+        return []
+    for by_block in (False, True):
+        for M in (16, 32, 64, 1024):
+            call(M, 4096, 4096, by_block=by_block)
+        call(16, 65536, 4112, activation="gelu", by_block=by_block)  # no split, and K ends inside a step
+        call(1024, 4097, 4096, activation="gelu", by_block=by_block)  # rows of y are not aligned
+    tuner.configs = fp8_linear.CONFIGS[-1:]
+    for by_block in (False, True):
+        for activation in ("none", "gelu", "tanh"):
+            call(1024, 4096, 4096, torch.float32, activation, by_block)
+        call(1024, 4096, 4112, torch.float16, "silu", by_block)
+        call(1024, 4096, 4096, strided=True, by_block=by_block)
+        for K in (8, 256, 4096, 16384, 20480):
+            fp8_linear.quantize_x(torch.zeros(64, K, dtype=torch.bfloat16), by_block)
+    fp8_linear.quantize_x(torch.zeros(64, 4096), False, torch.ones(64))
+    return [tuner, quantize._quantize_kernel]
 
 
 def compile_optim() -> list:
@@ -267,7 +374,14 @@ def compile_sparse_conv2d() -> list:
     return [tuner]
 
 
-OPS = (compile_int8_linear, compile_optim, compile_sparse_conv2d)
+OPS = (
+    compile_int4_linear,
+    compile_int8_linear,
+    compile_int8_weight_linear,
+    compile_fp8_linear,
+    compile_optim,
+    compile_sparse_conv2d,
+)
 """Each compiles what its launchers launch, and returns the kernels to look at."""
 
 
@@ -287,7 +401,7 @@ def main(backend: str, arch: str, report_path: str) -> None:
         f"{op.__name__.rsplit('.')[-1]}_configs": [
             {**config.kwargs, "warps": config.num_warps, "stages": config.num_stages} for config in op.CONFIGS
         ]
-        for op in (int8_linear, sparse_conv2d)
+        for op in (int4_linear, int8_linear, int8_weight_linear, fp8_linear, sparse_conv2d)
     }
     rows = [row for compile_op in OPS for kernel in compile_op() for row in compiled_variants(kernel)]
     report = {**configs, "rows": rows}

@@ -9,7 +9,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyops.kernels import epilogue
+from pyops.kernels import epilogue, quantize
 from pyops.kernels import int8_linear as kernels
 from pyops.ops import int8_linear, pack_int8
 from pyops.ops.epilogue import ACTIVATIONS, epilogue_ref
@@ -77,16 +77,19 @@ def test_quantized_rows_are_exact(M, K, dtype):
     assert not q[:, K:].any()
 
 
+@pytest.mark.parametrize("smoothed", [False, True])
 @pytest.mark.parametrize("static", [False, True])
-def test_long_rows_are_read_twice(static, monkeypatch):
-    monkeypatch.setattr(kernels, "ROW_IN_REGISTERS", 64)
-    monkeypatch.setattr(kernels, "QUANTIZE_TILE", 32)
+def test_long_rows_are_read_in_pieces(static, smoothed, monkeypatch):
+    """Twice with a dynamic scale; once with a static one, after which rows that are not finite are mended."""
+    monkeypatch.setattr(quantize, "ROW_IN_REGISTERS", 64)
+    monkeypatch.setattr(quantize, "QUANTIZE_TILE", 32)
     x = make(5, 1, 131)[0]
-    x[1, 130] = float("nan")
-    x[2, 0] = 100.0
+    x[1, 130], x[3, 2] = float("nan"), float("-inf")
+    x[2, 0] = 3e38
     scale = torch.tensor([0.02]) if static else None
-    q, s = kernels.quantize_rows(x, scale)
-    q_ref, s_ref = quantize_rows_ref(x, scale)
+    smooth = torch.linspace(0.1, 3.0, 131).flip(0) if smoothed else None
+    q, s = kernels.quantize_rows(x, scale, smooth)
+    q_ref, s_ref = quantize_rows_ref(x, scale, smooth)
     assert torch.equal(q[:, :131], q_ref)
     assert not q[:, 131:].any()
     torch.testing.assert_close(s, s_ref, rtol=0, atol=0, equal_nan=True)
@@ -204,6 +207,23 @@ def test_static_scales(rows, dtype):
     assert q.abs().max() == 127  # the case saturates
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("static", [False, True])
+def test_smoothed_rows_are_exact(static, dtype):
+    x, q_w, w_scale, bias, residual = make(9, 40, 70, dtype)
+    smooth = torch.randn(70, generator=torch.Generator().manual_seed(5)).exp()
+    x[4, 69], x[5, 3] = float("nan"), float("inf")
+    scale = torch.tensor(0.013) if static else None
+    q, s = kernels.quantize_rows(x, scale, smooth)
+    q_ref, s_ref = quantize_rows_ref(x, scale, smooth)
+    assert torch.equal(q[:, :70], q_ref)
+    torch.testing.assert_close(s, s_ref, rtol=0, atol=0, equal_nan=True)
+    y = kernels.int8_linear(x, q_w, w_scale, bias, residual, "none", scale, smooth)
+    expected = int8_linear_ref(x, q_w, w_scale, bias, residual, "none", scale, smooth)
+    eps = max(torch.finfo(dtype).eps, 1e-6)
+    torch.testing.assert_close(y, expected, rtol=eps, atol=2e-6, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     "view",
     [
@@ -273,7 +293,7 @@ def test_split_of_k_does_not_change_a_bit(monkeypatch):
     x, q_w, w_scale, bias, residual = make(19, 70, 2500)
     outputs = []
     for split in (1, 2, 4, 16):
-        monkeypatch.setattr(kernels, "_choose_split", lambda *_, split=split: split)
+        monkeypatch.setattr(kernels, "choose_split", lambda *_, split=split: split)
         outputs.append(kernels.int8_linear(x, q_w, w_scale, bias, residual, "silu"))
     assert all(torch.equal(outputs[0], y) for y in outputs[1:])
 
@@ -288,11 +308,11 @@ def test_order_of_programs_does_not_change_a_bit(M, N, K):
 
 
 def test_split_choice():
-    assert kernels._choose_split(1, 4096, 4096, 132) == 4
-    assert kernels._choose_split(64, 1024, 65536, 132) == 16
-    assert kernels._choose_split(1, 65536, 4096, 132) == 1
-    assert kernels._choose_split(1, 16, 100, 132) == 1
-    assert kernels._choose_split(65, 16, 65536, 132) == 1
+    assert kernels.choose_split(1, 4096, 4096, 132) == 4
+    assert kernels.choose_split(64, 1024, 65536, 132) == 16
+    assert kernels.choose_split(1, 65536, 4096, 132) == 1
+    assert kernels.choose_split(1, 16, 100, 132) == 1
+    assert kernels.choose_split(65, 16, 65536, 132) == 1
 
 
 def test_through_the_dispatcher():
