@@ -66,6 +66,8 @@ class Case:
     """In place of the op's."""
     ours_min_sqnr_db: float | None = None
     """What ours must reach, where there is no reference to compare with to the last bits."""
+    reference_min_sqnr_db: float | None = None
+    """What ours must reach against the op's reference, where that is not to be met to the last bits."""
     peak: str | None = None
     """In place of the op's."""
     family: str | None = None
@@ -108,7 +110,8 @@ class Op:
     peak: str | None
     """The key in the ceilings that bounds `Case.ops`: "int8_gops" or "fp32_gflops"; None: memory alone is the limit."""
     reference: Callable[[Inputs], torch.Tensor | None] | None = None
-    """What our kernel must compute, to the last bits; None: `Case.ours_min_sqnr_db` is what is asked of ours."""
+    """What our kernel must compute, to the last bits or to `Case.reference_min_sqnr_db`; None: `Case.ours_min_sqnr_db`
+    is what is asked of ours."""
     max_error_eps: float = 0.0
     """Ours is wrong if an element differs from `reference` by more than this · eps(dtype) · max|reference|."""
     inference: bool = True

@@ -1,4 +1,4 @@
-"""ONNX Runtime and OpenVINO as peers of int8_linear: they run graphs, so cold weights are a graph of many layers."""
+"""ONNX Runtime and OpenVINO as peers of linear layers: they run graphs, so cold weights are a graph of many layers."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class _Int8Weights(Peer):
 GRAPH_FIELDS = ("node", "initializer", "input", "output")
 
 
-class OnnxRuntime(_Int8Weights):
-    """ONNX Runtime with its dynamic quantizer."""
+class OnnxLinear(Peer):
+    """ONNX Runtime on a graph of linear layers."""
 
+    graph = True
     name, module, package = "onnxruntime", "onnxruntime", "onnxruntime"
-    runs = "MatMul + Add through onnxruntime.quantization.quantize_dynamic(per_channel=True)"
 
     def __init__(self, device: torch.device, threads: int) -> None:
         super().__init__(device, threads)
@@ -46,8 +46,53 @@ class OnnxRuntime(_Int8Weights):
     @classmethod
     def missing(cls, device: str) -> str | None:
         if super().missing(device) is None and importlib.util.find_spec("onnx") is None:
-            return "not installed: pip install onnx (its quantizer needs it)"
+            return "not installed: pip install onnx (its models are made with it)"
         return super().missing(device)
+
+    def _model(self, options: str, inputs: Inputs) -> bytes:
+        """The serialized model of one layer, x [M, K] → y [M, N]; initializers of several dimensions are weights."""
+        raise NotImplementedError
+
+    def _build(self, inputs: Inputs, model_options: str, bound: bool, layers: int) -> Instance:
+        import numpy
+        import onnx
+        import onnxruntime
+        from onnx import compose, numpy_helper
+
+        x = inputs["x"].numpy()
+        y = torch.empty(x.shape[0], inputs["w"].shape[0]).numpy()  # from torch: aligned to 64 bytes, as ORT's own are
+        model = onnx.load_from_string(self._model(model_options, inputs))
+        single = onnx.GraphProto()
+        single.CopyFrom(model.graph)
+        for field in GRAPH_FIELDS:
+            model.graph.ClearField(field)
+        for i in range(layers):  # an input for each layer: with a common one ORT would quantize it once for all layers
+            layer = compose.add_prefix_graph(single, f"{i}_")
+            for tensor in layer.initializer:  # weights of its own: ORT keeps equal packed weights once
+                if i and len(tensor.dims) >= 2:
+                    rolled = numpy.roll(numpy_helper.to_array(tensor), i, axis=0)
+                    tensor.CopyFrom(numpy_helper.from_array(rolled, tensor.name))
+            for field in GRAPH_FIELDS:
+                getattr(model.graph, field).extend(getattr(layer, field))
+        options = onnxruntime.SessionOptions()
+        options.use_per_session_threads = False
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        if not bound:
+            feed = {f"{i}_x": x for i in range(layers)}
+            return Instance(lambda: session.run(None, feed), lambda value: torch.from_numpy(value[0]))
+        binding = session.io_binding()
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in (x, y)]
+        for i in range(layers):
+            binding.bind_ortvalue_input(f"{i}_x", values[0])
+            binding.bind_ortvalue_output(f"{i}_y", values[1])
+        # The instance holds `values`, and with them the memory.
+        return Instance(lambda: session.run_with_iobinding(binding), lambda _: torch.from_numpy(values[1].numpy()))
+
+
+class OnnxRuntime(OnnxLinear, _Int8Weights):
+    """ONNX Runtime with its dynamic quantizer."""
+
+    runs = "MatMul + Add through onnxruntime.quantization.quantize_dynamic(per_channel=True)"
 
     def _model(self, weight_type: str, inputs: Inputs) -> bytes:
         """The quantized model; quantizing takes seconds, so that of the last shape is kept (M is dynamic)."""
@@ -77,41 +122,6 @@ class OnnxRuntime(_Int8Weights):
                 self._models[key] = file.read()
         return self._models[key]
 
-    def _build(self, inputs: Inputs, weight_type: str, bound: bool, layers: int) -> Instance:
-        import numpy
-        import onnx
-        import onnxruntime
-        from onnx import compose, numpy_helper
-
-        x = inputs["x"].numpy()
-        y = torch.empty(x.shape[0], inputs["w"].shape[0]).numpy()  # from torch: aligned to 64 bytes, as ORT's own are
-        model = onnx.load_from_string(self._model(weight_type, inputs))
-        single = onnx.GraphProto()
-        single.CopyFrom(model.graph)
-        for field in GRAPH_FIELDS:
-            model.graph.ClearField(field)
-        for i in range(layers):  # an input for each layer: with a common one ORT would quantize it once for all layers
-            layer = compose.add_prefix_graph(single, f"{i}_")
-            for tensor in layer.initializer:  # weights of its own: ORT keeps equal packed weights once
-                if i and len(tensor.dims) == 2:
-                    rolled = numpy.roll(numpy_helper.to_array(tensor), i, axis=0)
-                    tensor.CopyFrom(numpy_helper.from_array(rolled, tensor.name))
-            for field in GRAPH_FIELDS:
-                getattr(model.graph, field).extend(getattr(layer, field))
-        options = onnxruntime.SessionOptions()
-        options.use_per_session_threads = False
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        if not bound:
-            feed = {f"{i}_x": x for i in range(layers)}
-            return Instance(lambda: session.run(None, feed), lambda value: torch.from_numpy(value[0]))
-        binding = session.io_binding()
-        values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in (x, y)]
-        for i in range(layers):
-            binding.bind_ortvalue_input(f"{i}_x", values[0])
-            binding.bind_ortvalue_output(f"{i}_y", values[1])
-        # The instance holds `values`, and with them the memory.
-        return Instance(lambda: session.run_with_iobinding(binding), lambda _: torch.from_numpy(values[1].numpy()))
-
     def variants(self, inputs: Inputs) -> dict[str, Callable[..., Instance]]:
         return {
             "QInt8 weights, bound output": lambda layers=1: self._build(inputs, "QInt8", True, layers),
@@ -123,7 +133,10 @@ class OnnxRuntime(_Int8Weights):
 # ------------------------------------------------------------------------------------------------------------ OpenVINO
 
 
-class _OpenVino(_Int8Weights):
+class OpenVinoLinear(Peer):
+    """A graph of linear layers; what it holds as weights is up to the subclass."""
+
+    graph = True
     module, package = "openvino", "openvino"
 
     def __init__(self, device: torch.device, threads: int) -> None:
@@ -132,16 +145,18 @@ class _OpenVino(_Int8Weights):
 
         self._core = openvino.Core()
 
+    def _weights(self, inputs: Inputs, layers: int) -> list:
+        """For each layer the node that gives the weight [N, K] in fp32, from constants that no two layers share."""
+        raise NotImplementedError
+
     def _build(self, inputs: Inputs, static: bool, options: dict[str, object], layers: int) -> Instance:
-        """x [M, K] → (FakeQuantize) → MatMul with int8 weights, scaled per channel → Add, compiled for `threads`."""
+        """x [M, K] → (FakeQuantize) → MatMul → Add, compiled for `threads`."""
         import numpy as np
         import openvino
         from openvino import opset13 as op
 
-        from pyops.ops.int8_linear import quantize_int8
-
-        q_w, scale = quantize_int8(inputs["w"])
-        scale, bias = op.constant(scale[:, None].numpy()), op.constant(inputs["bias"][None].numpy())
+        bias = op.constant(inputs["bias"][None].numpy())
+        weights = self._weights(inputs, layers)
         xs, ys = [], []
         for i in range(layers):
             x = op.parameter(list(inputs["x"].shape), np.float32)
@@ -150,9 +165,7 @@ class _OpenVino(_Int8Weights):
                 high = np.float32(inputs["x"].abs().max())
                 low = np.float32(-high * 128 / 127)
                 x = op.fake_quantize(x, low, high, low, high, 256)
-            # Rolled, so that no layer has the constant of another, which it might share.
-            weight = op.multiply(op.convert(op.constant(q_w.roll(i, 0).numpy()), "f32"), scale)
-            ys.append(op.add(op.matmul(x, weight, False, True), bias))
+            ys.append(op.add(op.matmul(x, weights[i], False, True), bias))
         options = {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
@@ -169,7 +182,21 @@ class _OpenVino(_Int8Weights):
         return Instance(request.infer, lambda _: torch.from_numpy(memory[1].copy()))
 
 
-class OpenVino(_OpenVino):
+class Int8OpenVino(OpenVinoLinear, _Int8Weights):
+    """OpenVINO on our int8 weights, with a scale for each output channel."""
+
+    def _weights(self, inputs: Inputs, layers: int) -> list:
+        from openvino import opset13 as op
+
+        from pyops.ops.int8_linear import quantize_int8
+
+        q_w, scale = quantize_int8(inputs["w"])
+        scale = op.constant(scale[:, None].numpy())
+        # Rolled, so that no layer has the constant of another, which it might share.
+        return [op.multiply(op.convert(op.constant(q_w.roll(i, 0).numpy()), "f32"), scale) for i in range(layers)]
+
+
+class OpenVino(Int8OpenVino):
     """OpenVINO, activations quantized inside the call."""
 
     name = "openvino"
@@ -185,7 +212,7 @@ class OpenVino(_OpenVino):
         }
 
 
-class OpenVinoStatic(_OpenVino):
+class OpenVinoStatic(Int8OpenVino):
     """OpenVINO, activation range known beforehand."""
 
     name, role = "openvino-static", "figure"

@@ -14,7 +14,8 @@ from pyops.bench.int8_linear_graphs import OnnxRuntime, OpenVino, OpenVinoStatic
 from pyops.bench.peers import Instance, Peer
 
 
-def _linear(inputs: Inputs, dtype: torch.dtype) -> torch.nn.Linear:
+def float_linear(inputs: Inputs, dtype: torch.dtype) -> torch.nn.Linear:
+    """The layer in this dtype, with a weight of its own."""
     N, K = inputs["w"].shape
     linear = torch.nn.Linear(K, N, device="meta")
     linear.weight = torch.nn.Parameter(inputs["w"].to(dtype, copy=True), requires_grad=False)
@@ -22,7 +23,9 @@ def _linear(inputs: Inputs, dtype: torch.dtype) -> torch.nn.Linear:
     return linear
 
 
-class _Int8Weights(Peer):
+class Int8Weights(Peer):
+    """A peer that reads a byte a weight."""
+
     def weight_bytes(self, inputs: Inputs) -> int:
         return inputs["w"].numel()
 
@@ -30,7 +33,7 @@ class _Int8Weights(Peer):
 # --------------------------------------------------------------------------------------------------------------- ours
 
 
-class Pyops(_Int8Weights):
+class Pyops(Int8Weights):
     """The op, as a user calls it."""
 
     name, role, devices = "pyops", "ours", ("cpu", "cuda")
@@ -50,7 +53,7 @@ class Pyops(_Int8Weights):
         return {"": build}
 
 
-class PyopsModule(_Int8Weights):
+class PyopsModule(Int8Weights):
     """The module, as `pyops.swap_` puts it into a model."""
 
     name, role, devices = "pyops-module", "ours", ("cpu", "cuda")
@@ -67,8 +70,28 @@ class PyopsModule(_Int8Weights):
         from pyops.nn import Int8Linear
 
         def build() -> Instance:
-            module = Int8Linear.from_float(_linear(inputs, torch.float32))
+            module = Int8Linear.from_float(float_linear(inputs, torch.float32))
             return Instance(lambda: module(inputs["x"]))
+
+        return {"": build}
+
+
+class PyopsStatic(Int8Weights):
+    """The module with a static scale."""
+
+    name, role, devices = "pyops-static", "figure", ("cpu", "cuda")
+    runs = 'pyops.nn.Int8Linear(mode="static"), input_scale = max|x| / 127 of the very x that is timed'
+    excluded = "the activations' scale was known beforehand"
+
+    def variants(self, inputs: Inputs) -> dict[str, Callable[..., Instance]]:
+        from pyops.nn import Int8Linear
+
+        x = inputs["x"]
+        scale = x.abs().max().float() / 127
+
+        def build() -> Instance:
+            module = Int8Linear.from_float(float_linear(inputs, torch.float32), mode="static", input_scale=scale)
+            return Instance(lambda: module(x))
 
         return {"": build}
 
@@ -86,7 +109,7 @@ class _TorchFloat(Peer):
         x = inputs["x"].to(self.dtype)  # a model in this dtype gets such activations, so the cast is not timed
 
         def build() -> Instance:
-            linear = _linear(inputs, self.dtype)
+            linear = float_linear(inputs, self.dtype)
             return Instance(lambda: linear(x))
 
         return {"": build}
@@ -110,7 +133,7 @@ class TorchFp16(_TorchFloat):
     name, runs, devices, dtype = "torch-fp16", "torch.nn.Linear, float16 in and out", ("cuda",), torch.float16
 
 
-class IntMM(_Int8Weights):
+class IntMM(Int8Weights):
     """The bare int8 matrix product of PyTorch."""
 
     name, role, devices = "torch-int_mm", "figure", ("cpu", "cuda")
@@ -133,7 +156,7 @@ class IntMM(_Int8Weights):
         return {"": build}
 
 
-class Fbgemm(_Int8Weights):
+class Fbgemm(Int8Weights):
     """The dynamic quantization that PyTorch has always had."""
 
     name = "fbgemm"
@@ -148,14 +171,14 @@ class Fbgemm(_Int8Weights):
         def build() -> Instance:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # deprecated in favour of torchao, still what most programs call
-                float_model = torch.nn.Sequential(_linear(inputs, torch.float32))
+                float_model = torch.nn.Sequential(float_linear(inputs, torch.float32))
                 model = quantize_dynamic(float_model, {torch.nn.Linear}, dtype=torch.qint8, inplace=True)[0]
             return Instance(lambda: model(x))
 
         return {"": build}
 
 
-class TorchAO(_Int8Weights):
+class TorchAO(Int8Weights):
     """PyTorch's quantization library, W8A8 dynamic."""
 
     name, module, package, devices = "torchao", "torchao", "torchao", ("cpu", "cuda")
@@ -167,7 +190,7 @@ class TorchAO(_Int8Weights):
         x = inputs["x"]
 
         def build() -> Instance:
-            model = torch.nn.Sequential(_linear(inputs, x.dtype))
+            model = torch.nn.Sequential(float_linear(inputs, x.dtype))
             quantize_(model, Int8DynamicActivationInt8WeightConfig())
             return Instance(lambda: model[0](x))
 
@@ -177,6 +200,7 @@ class TorchAO(_Int8Weights):
 PEERS: list[type[Peer]] = [
     Pyops,
     PyopsModule,
+    PyopsStatic,
     TorchFp32,
     TorchBf16,
     TorchFp16,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pyops.bench.case import CACHE_TITLES
-from pyops.bench.report import SCHEMA, geomean
+from pyops.bench.report import COMPETING, SCHEMA, geomean
 
 COLOURS = ("#9ecae1", "#2171b5", "#08306b", "#041c40")  # light to dark with the number of threads
 LINES = ("#2171b5", "#e08214", "#1b7837", "#762a83", "#666666")
@@ -38,13 +38,17 @@ def draw(document: dict[str, Any], target: Path) -> None:
 
     plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.edgecolor": "#888888"})
     figure = _curves(document) if document.get("families") else _bars(document)
-    figure.suptitle(f"{document['title']}: speed over the best peer", x=0.01, ha="left", fontsize=13, weight="bold")
-    peers = ", ".join(p["name"] for p in document["peers"] if p["role"] in ("peer", "baseline") and not p["missing"])
+    competing = (row["peer"] for row in document["rows"] if row["role"] in COMPETING and row["status"] == "ok")
+    peers = list(dict.fromkeys(competing))
+    best = peers[0] if len(peers) == 1 else "the best peer"
+    figure.suptitle(f"{document['title']}: speed over {best}", x=0.01, ha="left", fontsize=13, weight="bold")
     machine = document["machine"]
     name = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
     note = f"{name} · torch {machine['torch']} · {machine['date'][:10]}" + " · quick run" * document["quick"]
-    named = "" if document.get("families") else " It is named at the foot of each bar."
-    figure.text(0.01, 0.005, f"{note}\nBest of: {peers}.{named}", fontsize=7.5, color="#666666")
+    if len(peers) > 1:
+        named = "" if document.get("families") else " It is named at the foot of each bar."
+        note += f"\nBest of: {', '.join(peers)}.{named}"
+    figure.text(0.01, 0.005, note, fontsize=7.5, color="#666666")
     figure.tight_layout(rect=(0, 0.04, 1, 0.98))
     figure.savefig(target, dpi=160, metadata={"Software": None})
     plt.close(figure)
@@ -62,7 +66,7 @@ def _bars(document: dict[str, Any]) -> Any:
         if point["case"] not in ticks:
             x += 1.0 if point["group"] == group else 1.7
             ticks[point["case"]], group = x, point["group"]
-    width = max(7.0, 0.55 * x + 2)
+    width = max(8.5, 0.55 * x + 2)
     figure, panels = plt.subplots(len(caches), 1, figsize=(width, 3.0 * len(caches) + 1.3), sharex=True, squeeze=False)
     values = [value for p in shown for value in (p["speedup"], p.get("target")) if value] or [1.0]
     for panel, cache in zip(panels[:, 0], caches, strict=True):

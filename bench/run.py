@@ -64,6 +64,8 @@ def run_op(spec: str, args: argparse.Namespace) -> dict[str, Any]:
             for _, together in itertools.groupby(chosen, key=lambda case: case.shared or case.name):
                 case, *others = together
                 progress.set_postfix_str(f"{case.name} {threads}T")
+                if progress.disable:  # what follows may take minutes before it prints anything
+                    print(f"{op.name}: {case.name} {threads}T, building", file=sys.stderr, flush=True)
                 fresh = runner.rows([case, *others])
                 rows += fresh
                 progress.clear()
@@ -187,6 +189,8 @@ def _progress(total: int, title: str) -> Any:
 
 
 class _NoProgress:
+    disable = True
+
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **kwargs: None
 

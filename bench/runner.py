@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import math
 import tempfile
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -154,12 +155,20 @@ class Runner:
         return sorted(usable, key=lambda key: order.index(key[1]))
 
     def _ask_all(self, rows: dict[Key, report.Row], do: str, **request: Any) -> None:
-        """Ask all workers at once: what they do is not timed."""
-        usable = self._usable(rows)
-        for case, peer in usable:
-            self.workers[peer].send(do, case=case, **request)
-        for key in usable:
+        """Ask the workers, as many at once as there are cores: it is not timed, but each may need gigabytes for it."""
+        asked: deque[Key] = deque()
+
+        def receive() -> None:
+            key = asked.popleft()
             rows[key] |= self._answer(rows[key], self.workers[key[1]], OPEN_TIMEOUT_S) or {}
+
+        for case, peer in self._usable(rows):
+            if len(asked) == machine.cores():
+                receive()
+            self.workers[peer].send(do, case=case, **request)
+            asked.append((case, peer))
+        while asked:
+            receive()
 
     def _answer(self, row: report.Row, worker: Worker, timeout_s: float) -> dict[str, Any] | None:
         """The worker's answer; None if there is none, and `row` says why."""
@@ -180,6 +189,13 @@ class Runner:
             least = case.ours_min_sqnr_db
         if not sqnr >= least:
             row |= {"status": "wrong", "reason": f"{self.op.checks} {sqnr:.1f} dB, at least {least:.0f} dB is right"}
+        elif row["role"] == "ours" and case.reference_min_sqnr_db is not None:
+            least = case.reference_min_sqnr_db
+            close = report.sqnr_db(result, reference.float().cpu().numpy())
+            row["reference_sqnr_db"] = close if math.isfinite(close) else None
+            if not close >= least:
+                reason = f"{self.op.checks} {close:.1f} dB against the reference, at least {least:.0f} dB is right"
+                row |= {"status": "wrong", "reason": reason}
         elif row["role"] == "ours" and reference is not None:
             tight, eps = reference.float().cpu().numpy(), torch.finfo(reference.dtype).eps
             worst, largest = np.abs(result - tight).max(initial=0.0), np.abs(tight).max(initial=1e-30)
