@@ -15,6 +15,7 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
+import cases
 import optim_distributed_dcp
 import optim_distributed_ddp
 import optim_distributed_fsdp
@@ -41,7 +42,7 @@ def main(folder: Path, names: list[str]) -> None:
             if problem is not None:
                 print(problem, file=sys.stderr, flush=True)
                 os._exit(1)  # an orderly end would wait for the other rank
-    dist.destroy_process_group()
+    cases.end_process_group()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+import cases
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -52,7 +53,7 @@ def main(rank: int, folder: Path) -> None:
     train(wrapped, batch().chunk(RANKS)[rank])
     torch.save(net.state_dict(), folder / f"{rank}.pt")
     del wrapped
-    dist.destroy_process_group()
+    cases.end_process_group()
 
 
 if __name__ == "__main__":

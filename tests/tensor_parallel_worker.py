@@ -11,6 +11,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import cases
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -297,7 +298,7 @@ def main(rank: int, folder: Path) -> None:
     for name, check in CHECKS.items():
         check(mesh)
         (folder / f"{name}.{rank}").touch()
-    dist.destroy_process_group()
+    cases.end_process_group()
 
 
 if __name__ == "__main__":

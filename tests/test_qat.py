@@ -8,6 +8,7 @@ import os
 import statistics
 from pathlib import Path
 
+import cases
 import pytest
 import torch
 from cases import FLOATS, randn
@@ -458,7 +459,8 @@ def ddp_worker(rank, path):
     parallel(randn(8, 20).chunk(2)[rank]).square().mean().backward()
     if rank == 0:
         torch.save([p.grad for p in model.parameters()], f"{path}/grads")
-    torch.distributed.destroy_process_group()
+    del parallel
+    cases.end_process_group()
 
 
 def test_ddp(tmp_path):
