@@ -100,7 +100,7 @@ class TorchInt4Pack(_Int4Weights):
 class OnnxRuntimeInt4(OnnxLinear, _Int4Weights):
     """ONNX Runtime's MatMulNBits."""
 
-    runs = "com.microsoft.MatMulNBits + Add, accuracy_level 4 (int8 activations) or 0 (fp32), fastest of them"
+    runs = "com.microsoft.MatMulNBits with bias, accuracy_level 4 (int8 activations) or 0 (fp32), fastest of them"
 
     def _model(self, options: str, inputs: Inputs) -> bytes:
         from onnx import TensorProto, helper, numpy_helper
@@ -118,10 +118,13 @@ class OnnxRuntimeInt4(OnnxLinear, _Int4Weights):
         attributes = {"K": K, "N": N, "bits": 4, "block_size": G, "accuracy_level": int(options)}
         graph = helper.make_graph(
             [
-                helper.make_node(
-                    "MatMulNBits", ["x", "w", "scale", "zero"], ["product"], domain="com.microsoft", **attributes
-                ),
-                helper.make_node("Add", ["product", "bias"], ["y"]),
+                helper.make_node(  # "": no g_idx
+                    "MatMulNBits",
+                    ["x", "w", "scale", "zero", "", "bias"],
+                    ["y"],
+                    domain="com.microsoft",
+                    **attributes,
+                )
             ],
             "linear",
             [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["M", K])],
