@@ -58,6 +58,7 @@ struct Int4Args {
   const void* self;
   const void* ahead;  // VNNI: what to fetch into L2, `ahead_lines` cache lines for each 16 quads
   int ahead_lines;
+  const Int4Args* others;  // of the panels that a kernel reads beside this one's: their panel, c and acc
 };
 using Int4Fn = void (*)(const Int4Args&);
 using ScaleFn = void (*)(const int32_t* acc, const float* scale, int rows, float* c);

@@ -20,6 +20,11 @@ struct Int4TypeKernels {
   EpilogueFn<T> (*steps_epilogue_for)(Activation);
 };
 
+struct Int4Beside {
+  int panels;
+  Int4Fn fused, fused_steps;
+};
+
 struct Int4Kernels {
   int max_rows;           // rows of a tile
   bool tiles = false;     // rows in AMX tiles, else in quads
@@ -32,6 +37,8 @@ struct Int4Kernels {
   int max_fused = 0;  // rows that a fused kernel takes, which reads nibbles: fused[r - 1] for r rows
   const Int4Fn* fused = nullptr;
   const Int4Fn* fused_steps = nullptr;
+  int max_beside = 0;  // rows for which several panels are read side by side: beside[r - 1]
+  const Int4Beside* beside = nullptr;
   UnpackInt4Fn unpack;
   UnpackStepsFn unpack_steps;
   decltype(&pack_quads) pack_rows = nullptr;  // into quads
@@ -49,11 +56,11 @@ struct Int4Kernels {
 #define PYOPS_BY_GROUPS(isa, MR) int4_by_groups<MR, isa::int8_dot<MR>, isa::int8_dot<MR, 8>, isa::scale_rows>
 #define PYOPS_STEPS(isa, MR) int4_steps_by_dot<MR, isa::int8_dot<MR>>
 
-#define PYOPS_FUSED(steps)                                                                                        \
-  v::int4_fused_few<1, steps>, v::int4_fused_few<2, steps>, v::int4_fused_few<3, steps>, v::int4_fused<4, steps>, \
-      v::int4_fused<5, steps>, v::int4_fused<6, steps>, v::int4_fused<7, steps>, v::int4_fused<8, steps>,         \
-      v::int4_fused<9, steps>, v::int4_fused<10, steps>, v::int4_fused<11, steps>, v::int4_fused<12, steps>,      \
-      v::int4_fused<13, steps>, v::int4_fused<14, steps>
+#define PYOPS_FUSED(steps)                                                                                  \
+  v::int4_fused_few<1, steps, 1>, v::int4_fused_few<2, steps, 1>, v::int4_fused_few<3, steps, 1>,           \
+      v::int4_fused<4, steps>, v::int4_fused<5, steps>, v::int4_fused<6, steps>, v::int4_fused<7, steps>,   \
+      v::int4_fused<8, steps>, v::int4_fused<9, steps>, v::int4_fused<10, steps>, v::int4_fused<11, steps>, \
+      v::int4_fused<12, steps>, v::int4_fused<13, steps>, v::int4_fused<14, steps>
 
 inline const Int4Kernels& int4_kernels(Isa isa, int64_t M, bool steps) {
   static constexpr Int4Fn kGeneric[] = {PYOPS_BY_GROUPS(generic, 1), PYOPS_BY_GROUPS(generic, 2),
@@ -88,6 +95,8 @@ inline const Int4Kernels& int4_kernels(Isa isa, int64_t M, bool steps) {
       v::int4_unpacked<11>, v::int4_unpacked<12>, v::int4_unpacked<13>, v::int4_unpacked<14>};
   static constexpr Int4Fn kFused[] = {PYOPS_FUSED(false)};
   static constexpr Int4Fn kFusedSteps[] = {PYOPS_FUSED(true)};
+  static constexpr Int4Beside kBeside[] = {{3, v::int4_fused_few<1, false, 3>, v::int4_fused_few<1, true, 3>},
+                                           {2, v::int4_fused_few<2, false, 2>, v::int4_fused_few<2, true, 2>}};
   static constexpr Int4Fn kVnniSteps[] = {v::int4_steps<1>,  v::int4_steps<2>,  v::int4_steps<3>,  v::int4_steps<4>,
                                           v::int4_steps<5>,  v::int4_steps<6>,  v::int4_steps<7>,  v::int4_steps<8>,
                                           v::int4_steps<9>,  v::int4_steps<10>, v::int4_steps<11>, v::int4_steps<12>,
@@ -129,6 +138,8 @@ inline const Int4Kernels& int4_kernels(Isa isa, int64_t M, bool steps) {
     k.max_fused = 14;
     k.fused = kFused;
     k.fused_steps = kFusedSteps;
+    k.max_beside = 2;
+    k.beside = kBeside;
     k.unpack = avx512::unpack_int4_wide;
     k.unpack_steps = avx512::unpack_steps_wide;
     k.pack_rows = pack_quads_avx512;

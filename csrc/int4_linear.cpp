@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t kRangeQuads = 128;  // 512 k of a panel: 16 KiB
 constexpr int64_t kStepsRange = 8;    // 64·8 k of a panel with steps: 16 KiB; or all of one that is not
 constexpr int64_t kStepsWhole = 12;   // longer than this
+constexpr int kMaxBeside = 3;         // panels that are in work at once
 
 // -------------------------------------------------------------------------------------------------------- launcher
 
@@ -134,21 +135,23 @@ class Int4Linear {
     static void done(const void* self, int begin, int end) { static_cast<const Out*>(self)->run(begin, end); }
   };
 
-  // What the tasks [begin, end) of a thread share, and what the tiles of two panels in turn are.
+  // What the tasks [begin, end) of a thread share, and what the tiles of a few panels in turn are.
   struct Work {
     float *c, *scale;
     int8_t* w;
     int32_t* acc;
     Out* outs;
-    alignas(64) float bias[2][kPanelN], s_w[2][kPanelN];  // a tile that is not finished keeps those of its panel
+    alignas(64) float bias[kMaxBeside][kPanelN],
+        s_w[kMaxBeside][kPanelN];  // a tile that is not finished keeps those of its panel
   };
 
   void multiply(int64_t begin, int64_t end) {
     thread_local Scratch sums, acc, epilogues, weights, scales;
     Work work;
-    work.c = reinterpret_cast<float*>(sums.get(blocks.max_tiles * kTile * sizeof(float)));
+    work.c =
+        reinterpret_cast<float*>(sums.get(std::max<int64_t>(blocks.max_tiles, kMaxBeside) * kTile * sizeof(float)));
     work.acc = reinterpret_cast<int32_t*>(acc.get(4 * kTile * sizeof(int32_t)));
-    work.outs = reinterpret_cast<Out*>(epilogues.get(2 * blocks.max_tiles * sizeof(Out)));
+    work.outs = reinterpret_cast<Out*>(epilogues.get(kMaxBeside * blocks.max_tiles * sizeof(Out)));
     work.w = weights.get((kernels.tiles ? std::max(range_quads, kStepsWhole * 16) : quads) * kPanelRow);
     work.scale = reinterpret_cast<float*>(scales.get(2 * range_groups() * kPanelN * sizeof(float)));
     if (kernels.tiles && quads) {
@@ -156,6 +159,10 @@ class Int4Linear {
     } else {
       for (int64_t task = begin; task < end; task++) {
         const int64_t b = first_block + task / panels;
+        if (const int64_t done = multiply_beside(b, task, end, work)) {
+          task += done - 1;
+          continue;
+        }
         const Int4Panel panel = panel_of(task);
         const Out* out = prepare(task, panel, work);
         if (fits_fused(b))
@@ -178,17 +185,17 @@ class Int4Linear {
   Int4Panel panel_of(int64_t task) const { return panel_at(p, task % panels * kPanelN); }
 
   // The tiles of a task.
-  const Out* prepare(int64_t task, const Int4Panel& panel, Work& work) const {
+  const Out* prepare(int64_t task, const Int4Panel& panel, Work& work, int64_t first_tile = 0) const {
     const int64_t b = first_block + task / panels, n0 = task % panels * kPanelN;
-    Out* out = work.outs + task % 2 * blocks.max_tiles;
-    float *bias = work.bias[task % 2], *s_w = work.s_w[task % 2];
+    Out* out = work.outs + task % kMaxBeside * blocks.max_tiles;
+    float *bias = work.bias[task % kMaxBeside], *s_w = work.s_w[task % kMaxBeside];
     load_columns(p.bias, p.bias_type, n0, columns(task), bias);
     for (int n = 0; n < kPanelN; n++) s_w[n] = panel.step ? panel.step[n] : 1;
     const auto& typed = std::get<Int4TypeKernels<T>>(kernels.types);
     for (int64_t t = 0; t < blocks.tiles(b); t++) {
       const int64_t m0 = blocks.first_row(b, t), at = m0 * p.N + n0;
       const T* residual = p.residual ? static_cast<const T*>(p.residual) + at : nullptr;
-      float* c = work.c + t * kTile;
+      float* c = work.c + (first_tile + t) * kTile;
       out[t] = {{c, s_x + m0, s_w, bias, residual, static_cast<T*>(p.y) + at, p.N, columns(task), past_cache},
                 typed.epilogue_for(p.activation),
                 panel.step ? typed.steps_epilogue_for(p.activation) : nullptr,
@@ -200,7 +207,7 @@ class Int4Linear {
 
   bool fits_fused(int64_t b) const { return blocks.tiles(b) == 1 && rows_of(b, 0) <= kernels.max_fused; }
 
-  void multiply_fused(int64_t b, const Int4Panel& panel, const Out* out) {
+  Int4Args fused_args(int64_t b, const Int4Panel& panel, const Out* out) const {
     Int4Args args{};
     args.panel = panel;
     args.a = tile(b, 0);
@@ -209,7 +216,32 @@ class Int4Linear {
     args.group_quads = p.group_quads;
     args.c = out->c;
     args.acc = out->acc();
-    (panel.step ? kernels.fused_steps : kernels.fused)[out->rows - 1](args);
+    return args;
+  }
+
+  void multiply_fused(int64_t b, const Int4Panel& panel, const Out* out) const {
+    (panel.step ? kernels.fused_steps : kernels.fused)[out->rows - 1](fused_args(b, panel, out));
+  }
+
+  // How many tasks from this one on, of panels side by side, were done at once; 0 if that is not for them.
+  int64_t multiply_beside(int64_t b, int64_t task, int64_t end, Work& work) const {
+    if (!p.packed || blocks.tiles(b) > 1 || rows_of(b, 0) > kernels.max_beside) return 0;
+    const Int4Beside& beside = kernels.beside[rows_of(b, 0) - 1];
+    const int count = beside.panels;
+    if (task + count > end || task % panels + count > panels) return 0;
+    const Out* outs[kMaxBeside];
+    Int4Args args[kMaxBeside];
+    const bool steps = panel_of(task).step;
+    for (int i = 0; i < count; i++) {
+      const Int4Panel panel = panel_of(task + i);
+      if (!panel.step == steps) return 0;
+      outs[i] = prepare(task + i, panel, work, i);
+      args[i] = fused_args(b, panel, outs[i]);
+    }
+    args[0].others = args + 1;
+    (steps ? beside.fused_steps : beside.fused)(args[0]);
+    for (int i = 0; i < count; i++) outs[i]->run(0, outs[i]->rows);
+    return count;
   }
 
   void multiply_steps(int64_t b, const Int4Panel& panel, const Out* out, Work& work) {

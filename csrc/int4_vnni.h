@@ -68,6 +68,11 @@ PYOPS_INLINE void prefetch_nibbles(const uint8_t* p) {
   for (int i = 0; i < 4; i++) _mm_prefetch(next + i * 64, _MM_HINT_T1);
 }
 
+// For kernels that read several panels: every line, 2 KiB ahead of the four rows at p.
+PYOPS_INLINE void prefetch_beside(const uint8_t* p) {
+  for (int i = 0; i < 8; i++) _mm_prefetch(reinterpret_cast<const char*>(p) + 2048 + i * 64, _MM_HINT_T1);
+}
+
 // The scales of a group as multiples of the panel's steps.
 PYOPS_INLINE void load_multiples(const Int4Panel& p, int64_t group, __m512i& m0, __m512i& m1) {
   __m512 s0, s1;
@@ -76,68 +81,82 @@ PYOPS_INLINE void load_multiples(const Int4Panel& p, int64_t group, __m512i& m0,
   m1 = _mm512_cvtps_epi32(_mm512_div_ps(s1, _mm512_loadu_ps(p.step + 16)));
 }
 
-// Few rows: c stays in registers. Low and high nibbles have sums of their own, so that two chains hide the latency.
-// kSteps: groups are added up in integers, into acc.
-template <int MR, bool kSteps>
+// Few rows and P panels side by side: memory answers several streams faster than one. c stays in registers. Low and
+// high nibbles have sums of their own, so that two chains hide the latency. kSteps: groups are added up in integers,
+// into acc.
+template <int MR, bool kSteps, int P>
 void int4_fused_few(const Int4Args& d) {
   const __m512i low = _mm512_set1_epi8(15), zero = _mm512_setzero_si512();
-  const uint8_t* w = d.panel.weight;
+  const Int4Args* args[P];
+  const uint8_t* w[P];
   const int8_t* a = d.a;
-  __m512 c[MR][2];
-  __m512i total[MR][2];
-  for (int r = 0; r < MR; r++) {
-    c[r][0] = c[r][1] = _mm512_setzero_ps();
-    total[r][0] = total[r][1] = zero;
+  __m512 c[P][MR][2];
+  __m512i total[P][MR][2];
+  for (int i = 0; i < P; i++) {
+    args[i] = i ? d.others + i - 1 : &d;
+    w[i] = args[i]->panel.weight;
+    for (int r = 0; r < MR; r++) {
+      c[i][r][0] = c[i][r][1] = _mm512_setzero_ps();
+      total[i][r][0] = total[i][r][1] = zero;
+    }
   }
   for (int64_t q = 0, g = 0; q < d.quads; q += d.group_quads, g++) {
-    __m512i acc[MR][2], high[MR][2];
-    for (int r = 0; r < MR; r++) {
-      start_group(d.panel, g, d.sums + g * MR + r, acc[r][0], acc[r][1]);
-      high[r][0] = high[r][1] = zero;
-    }
-    const int64_t rows = smaller(d.group_quads, d.quads - q) / 2;
-    for (int64_t i = 0; i < rows; i += 4) {
-      prefetch_nibbles(w);
-#pragma GCC unroll 4
-      for (int u = 0; u < 4; u++, w += kNibbleRow, a += 8 * MR) {
-        const __m512i v0 = _mm512_loadu_si512(w), v1 = _mm512_loadu_si512(w + 64);
-        const __m512i l0 = _mm512_and_si512(v0, low), l1 = _mm512_and_si512(v1, low);
-        const __m512i h0 = _mm512_and_si512(_mm512_srli_epi16(v0, 4), low);
-        const __m512i h1 = _mm512_and_si512(_mm512_srli_epi16(v1, 4), low);
-#pragma GCC unroll 4
-        for (int r = 0; r < MR; r++) {
-          const __m512i x = _mm512_set1_epi32(quad(a + r * 4)), y = _mm512_set1_epi32(quad(a + (MR + r) * 4));
-          acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], l0, x);
-          acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], l1, x);
-          high[r][0] = _mm512_dpbusd_epi32(high[r][0], h0, y);
-          high[r][1] = _mm512_dpbusd_epi32(high[r][1], h1, y);
-        }
-      }
-    }
-    if constexpr (kSteps) {
-      __m512i m0, m1;
-      load_multiples(d.panel, g, m0, m1);
+    __m512i acc[P][MR][2], high[P][MR][2];
+    for (int i = 0; i < P; i++)
       for (int r = 0; r < MR; r++) {
-        const __m512i sum0 = _mm512_add_epi32(acc[r][0], high[r][0]), sum1 = _mm512_add_epi32(acc[r][1], high[r][1]);
-        total[r][0] = _mm512_add_epi32(total[r][0], _mm512_mullo_epi32(sum0, m0));
-        total[r][1] = _mm512_add_epi32(total[r][1], _mm512_mullo_epi32(sum1, m1));
+        start_group(args[i]->panel, g, d.sums + g * MR + r, acc[i][r][0], acc[i][r][1]);
+        high[i][r][0] = high[i][r][1] = zero;
       }
-      continue;
+    const int64_t rows = smaller(d.group_quads, d.quads - q) / 2;
+    for (int64_t row = 0; row < rows; row += 4) {
+      for (int i = 0; i < P; i++) P > 1 ? prefetch_beside(w[i]) : prefetch_nibbles(w[i]);
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; u++, a += 8 * MR)
+#pragma GCC unroll 3
+        for (int i = 0; i < P; i++) {
+          const __m512i v0 = _mm512_loadu_si512(w[i]), v1 = _mm512_loadu_si512(w[i] + 64);
+          const __m512i l0 = _mm512_and_si512(v0, low), l1 = _mm512_and_si512(v1, low);
+          const __m512i h0 = _mm512_and_si512(_mm512_srli_epi16(v0, 4), low);
+          const __m512i h1 = _mm512_and_si512(_mm512_srli_epi16(v1, 4), low);
+          w[i] += kNibbleRow;
+#pragma GCC unroll 4
+          for (int r = 0; r < MR; r++) {
+            const __m512i x = _mm512_set1_epi32(quad(a + r * 4)), y = _mm512_set1_epi32(quad(a + (MR + r) * 4));
+            acc[i][r][0] = _mm512_dpbusd_epi32(acc[i][r][0], l0, x);
+            acc[i][r][1] = _mm512_dpbusd_epi32(acc[i][r][1], l1, x);
+            high[i][r][0] = _mm512_dpbusd_epi32(high[i][r][0], h0, y);
+            high[i][r][1] = _mm512_dpbusd_epi32(high[i][r][1], h1, y);
+          }
+        }
     }
-    __m512 s0, s1;
-    avx512::load_scales16(d.panel, g, s0, s1);
-    for (int r = 0; r < MR; r++) {
-      c[r][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(acc[r][0], high[r][0])), s0, c[r][0]);
-      c[r][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(acc[r][1], high[r][1])), s1, c[r][1]);
+    for (int i = 0; i < P; i++) {
+      if constexpr (kSteps) {
+        __m512i m[2];
+        load_multiples(args[i]->panel, g, m[0], m[1]);
+        for (int r = 0; r < MR; r++)
+          for (int j = 0; j < 2; j++) {
+            const __m512i sum = _mm512_add_epi32(acc[i][r][j], high[i][r][j]);
+            total[i][r][j] = _mm512_add_epi32(total[i][r][j], _mm512_mullo_epi32(sum, m[j]));
+          }
+      } else {
+        __m512 s[2];
+        avx512::load_scales16(args[i]->panel, g, s[0], s[1]);
+        for (int r = 0; r < MR; r++)
+          for (int j = 0; j < 2; j++) {
+            const __m512i sum = _mm512_add_epi32(acc[i][r][j], high[i][r][j]);
+            c[i][r][j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), s[j], c[i][r][j]);
+          }
+      }
     }
   }
-  for (int r = 0; r < MR; r++)
-    for (int j = 0; j < 2; j++) {
-      if constexpr (kSteps)
-        _mm512_storeu_si512(d.acc + r * kPanelN + j * 16, total[r][j]);
-      else
-        _mm512_storeu_ps(d.c + r * kPanelN + j * 16, c[r][j]);
-    }
+  for (int i = 0; i < P; i++)
+    for (int r = 0; r < MR; r++)
+      for (int j = 0; j < 2; j++) {
+        if constexpr (kSteps)
+          _mm512_storeu_si512(args[i]->acc + r * kPanelN + j * 16, total[i][r][j]);
+        else
+          _mm512_storeu_ps(args[i]->c + r * kPanelN + j * 16, c[i][r][j]);
+      }
 }
 
 template <int MR, bool kSteps>
