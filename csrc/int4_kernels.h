@@ -96,7 +96,8 @@ inline const Int4Kernels& int4_kernels(Isa isa, int64_t M, bool steps) {
   static constexpr Int4Fn kFused[] = {PYOPS_FUSED(false)};
   static constexpr Int4Fn kFusedSteps[] = {PYOPS_FUSED(true)};
   static constexpr Int4Beside kBeside[] = {{3, v::int4_fused_few<1, false, 3>, v::int4_fused_few<1, true, 3>},
-                                           {2, v::int4_fused_few<2, false, 2>, v::int4_fused_few<2, true, 2>}};
+                                           {2, v::int4_fused_few<2, false, 2>, v::int4_fused_few<2, true, 2>},
+                                           {2, v::int4_fused_few<3, false, 2>, v::int4_fused_few<3, true, 2>}};
   static constexpr Int4Fn kVnniSteps[] = {v::int4_steps<1>,  v::int4_steps<2>,  v::int4_steps<3>,  v::int4_steps<4>,
                                           v::int4_steps<5>,  v::int4_steps<6>,  v::int4_steps<7>,  v::int4_steps<8>,
                                           v::int4_steps<9>,  v::int4_steps<10>, v::int4_steps<11>, v::int4_steps<12>,
@@ -138,7 +139,7 @@ inline const Int4Kernels& int4_kernels(Isa isa, int64_t M, bool steps) {
     k.max_fused = 14;
     k.fused = kFused;
     k.fused_steps = kFusedSteps;
-    k.max_beside = 2;
+    k.max_beside = 3;
     k.beside = kBeside;
     k.unpack = avx512::unpack_int4_wide;
     k.unpack_steps = avx512::unpack_steps_wide;

@@ -68,11 +68,6 @@ PYOPS_INLINE void prefetch_nibbles(const uint8_t* p) {
   for (int i = 0; i < 4; i++) _mm_prefetch(next + i * 64, _MM_HINT_T1);
 }
 
-// For kernels that read several panels: every line, 2 KiB ahead of the four rows at p.
-PYOPS_INLINE void prefetch_beside(const uint8_t* p) {
-  for (int i = 0; i < 8; i++) _mm_prefetch(reinterpret_cast<const char*>(p) + 2048 + i * 64, _MM_HINT_T1);
-}
-
 // The scales of a group as multiples of the panel's steps.
 PYOPS_INLINE void load_multiples(const Int4Panel& p, int64_t group, __m512i& m0, __m512i& m1) {
   __m512 s0, s1;

@@ -18,7 +18,8 @@
 namespace pyops {
 namespace {
 
-constexpr int64_t kAmxSteps = 16;  // 64·16 k of a panel, 32 KiB, stay in L1 while the row tiles pass
+constexpr int kMaxBeside = 3, kMaxBesideRows = 4;  // panels that few rows read side by side
+constexpr int64_t kAmxSteps = 16;                  // 64·16 k of a panel, 32 KiB, stay in L1 while the row tiles pass
 
 // ------------------------------------------------------------------------------------------------- kernels of an ISA
 
@@ -30,12 +31,19 @@ struct TypeKernels {
   EpilogueFn<T> (*epilogue_for)(Activation);
 };
 
+struct Beside {
+  int panels;
+  DotFn dot;
+};
+
 struct Kernels {
   int max_rows;  // rows of a tile
   bool tiles;    // rows in AMX tiles, else in quads
   uint8_t flip;  // xor on the quantized rows
   double macs_per_cycle;
-  const DotFn* dot;                 // quads: dot[r - 1] for r rows; tiles: dot[0] for 16, dot[1] for 32
+  const DotFn* dot;  // quads: dot[r - 1] for r rows; tiles: dot[0] for 16, dot[1] for 32
+  int max_beside;    // rows for which several panels are read side by side: beside[r - 1]
+  const Beside* beside;
   decltype(&pack_quads) pack_rows;  // null for tiles, which are quantized in place
   decltype(&pack_panel) panel_packer;
   void (*reciprocals)(const float* smooth, int64_t K, float* factors);
@@ -52,7 +60,7 @@ struct Kernels {
 const Kernels& select(Isa isa, int64_t M) {
   static constexpr DotFn kGeneric[] = {generic::int8_dot<1>, generic::int8_dot<2>, generic::int8_dot<3>,
                                        generic::int8_dot<4>};
-  static const Kernels generic{4, false, 0, 2, kGeneric, pack_quads, pack_panel, PYOPS_SHARED(generic)};
+  static const Kernels generic{4, false, 0, 2, kGeneric, 0, nullptr, pack_quads, pack_panel, PYOPS_SHARED(generic)};
 #if defined(__x86_64__)
   static constexpr DotFn kAvx2[] = {avx2::int8_dot<1>, avx2::int8_dot<2>, avx2::int8_dot<3>};
   static constexpr DotFn kAvx512[] = {avx512::int8_dot<1>, avx512::int8_dot<2>, avx512::int8_dot<3>,
@@ -62,11 +70,15 @@ const Kernels& select(Isa isa, int64_t M) {
   static constexpr DotFn kVnni[] = {int8_dot<1>,  int8_dot<2>,  int8_dot<3>,  int8_dot<4>, int8_dot<5>,
                                     int8_dot<6>,  int8_dot<7>,  int8_dot<8>,  int8_dot<9>, int8_dot<10>,
                                     int8_dot<11>, int8_dot<12>, int8_dot<13>, int8_dot<14>};
+  static constexpr Beside kBeside[] = {
+      {3, int8_dot_beside<1, 3>}, {2, int8_dot_beside<2, 2>}, {2, int8_dot_beside<3, 2>}, {2, int8_dot_beside<4, 2>}};
   static constexpr DotFn kAmx[] = {amx::int8_dot<1>, amx::int8_dot<2>};
-  static const Kernels avx2{3, false, 0, 24, kAvx2, pack_quads, pack_panel, PYOPS_SHARED(avx2)};
-  static const Kernels avx512{8, false, 0, 40, kAvx512, pack_quads_avx512, pack_panel_avx512, PYOPS_SHARED(avx512)};
-  static const Kernels vnni{14, false, 0x80, 128, kVnni, pack_quads_avx512, pack_panel_avx512, PYOPS_SHARED(avx512)};
-  static const Kernels amx{32, true, 0, 800, kAmx, nullptr, pack_panel_avx512, PYOPS_SHARED(avx512)};
+  static const Kernels avx2{3, false, 0, 24, kAvx2, 0, nullptr, pack_quads, pack_panel, PYOPS_SHARED(avx2)};
+  static const Kernels avx512{
+      8, false, 0, 40, kAvx512, 0, nullptr, pack_quads_avx512, pack_panel_avx512, PYOPS_SHARED(avx512)};
+  static const Kernels vnni{
+      14, false, 0x80, 128, kVnni, 4, kBeside, pack_quads_avx512, pack_panel_avx512, PYOPS_SHARED(avx512)};
+  static const Kernels amx{32, true, 0, 800, kAmx, 0, nullptr, nullptr, pack_panel_avx512, PYOPS_SHARED(avx512)};
   switch (isa) {
     case Isa::amx:
       return M <= 4 ? vnni : amx;  // a tile would be mostly padding; one to four rows only stream weights
@@ -189,6 +201,31 @@ class Int8Linear {
     static void advance(void* self, int n) { static_cast<Pending*>(self)->some(n); }
   };
 
+  // The first of the tasks [begin, end), several panels at a time, of rows few enough for that. The first that is left.
+  int64_t multiply_beside(int64_t begin, int64_t end) {
+    if (!p.packed || p.M > kernels.max_beside) return begin;
+    const Beside& beside = kernels.beside[p.M - 1];
+    const auto epilogue = std::get<TypeKernels<T>>(kernels.types).epilogue_for(p.activation);
+    alignas(64) int32_t acc[kMaxBeside][kMaxBesideRows * kPanelN];
+    alignas(64) float s_w[kPanelN], bias[kPanelN];
+    DotArgs args[kMaxBeside];
+    for (; begin + beside.panels <= end; begin += beside.panels) {
+      for (int i = 0; i < beside.panels; i++)
+        args[i] = {tile(0, 0), p.weight + (begin + i) * panel_bytes(k64), 0, k64, acc[i], nullptr, 0};
+      args[0].others = args + 1;
+      beside.dot(args[0]);
+      for (int i = 0; i < beside.panels; i++) {
+        const int64_t n0 = (begin + i) * kPanelN;
+        const int cols = static_cast<int>(std::min<int64_t>(kPanelN, p.N - n0));
+        load_columns(p.w_scale, ScalarType::Float, n0, cols, s_w);
+        load_columns(p.bias, p.bias_type, n0, cols, bias);
+        const T* added = p.residual ? residual() + n0 : nullptr;
+        epilogue({acc[i], s_x, s_w, bias, added, y() + n0, p.N, cols, past_cache}, 0, static_cast<int>(p.M));
+      }
+    }
+    return begin;
+  }
+
   // Tasks [begin, end) of the wave's (block, panel) pairs. With AMX the epilogue of a tile runs between the steps of
   // the next one.
   void multiply(int64_t begin, int64_t end) {
@@ -197,6 +234,7 @@ class Int8Linear {
     const int64_t accs = kernels.tiles ? blocks.max_tiles : 1;
     int32_t* acc = reinterpret_cast<int32_t*>(acc_scratch.get(accs * kAcc * sizeof(int32_t)));
     alignas(64) float s_w[2][kPanelN], bias[2][kPanelN];  // a pending tile keeps those of its panel
+    begin = multiply_beside(begin, end);
     Pending pending{{}, std::get<TypeKernels<T>>(kernels.types).epilogue_for(p.activation)};
     for (int64_t task = begin; task < end; task++) {
       const int64_t b = first_block + task / panels, n0 = task % panels * kPanelN;
