@@ -14,7 +14,8 @@
 //   kGrouped             whether AMX gets scales of groups (scaled_dot) beside the weights
 //   group()              k of a group, 0 if there are none; groups_of(k): most groups that k in a row touch
 //   stream_rows()        rows that its streaming kernel takes
-//   stream(panel, x, rows, acc)                acc [rows][32] = x [rows][k64·64] · w, x with zeros at the end
+//   beside()             panels that it takes at once, where there are so many
+//   stream(panel, count, x, rows, acc)         acc [count][rows][32] = x [rows][k64·64] · w, x with zeros at the end
 //   unpack(panel, k, count, w)                 k … k + count → fp32 [count][32], up to a multiple of 32
 //   unpack_bf16(panel, k, count, w, scale)     the same → bf16 [count/2][32 n][2 k], and scales of groups [groups][32]
 //   column_scales(panel, columns, s)           s_w, zeros up to 32
@@ -40,7 +41,8 @@ constexpr int64_t kRangeK = 1024;           // k of a block in L2
 constexpr int64_t kSliceK = 256;            // k of a panel in L1: 32 KiB of fp32; of bf16 twice as many
 constexpr int64_t kFloatBlock = 768 << 10;  // bytes of a block: 128 rows of three parts
 constexpr int64_t kMostRows = 384;          // of a block
-constexpr int64_t kMostAcc = 64 << 20;      // bytes of waiting sums
+constexpr int kMostStreamRows = 4, kMostBeside = 3;
+constexpr int64_t kMostAcc = 64 << 20;  // bytes of waiting sums
 
 // ------------------------------------------------------------------------------------------------- kernels of an ISA
 
@@ -154,10 +156,11 @@ class FloatLinear {
     float* rows = reinterpret_cast<float*>(rows_scratch.get(p.M * k64 * 64 * sizeof(float)));
     for (int64_t m = 0; m < p.M; m++) typed.scale_row(row(m), p.K, k64 * 64, scale[m], rows + m * k64 * 64);
     in_parallel(panels, kPanelN * double(p.K) / 8 + 100, [&](int64_t begin, int64_t end) {
-      alignas(64) float acc[4 * kPanelN];
-      for (int64_t i = begin; i < end; i++) {
-        weight.stream(i, rows, static_cast<int>(p.M), acc);
-        finish(i, 0, p.M, acc);
+      alignas(64) float acc[kMostBeside * kMostStreamRows * kPanelN];
+      for (int64_t i = begin; i < end;) {
+        const int count = i + weight.beside() <= end ? weight.beside() : 1;
+        weight.stream(i, count, rows, static_cast<int>(p.M), acc);
+        for (int j = 0; j < count; j++, i++) finish(i, 0, p.M, acc + j * p.M * kPanelN);
       }
       if (past_cache) kernels.fence();
     });

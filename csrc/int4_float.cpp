@@ -107,7 +107,8 @@ class Int4Weight {
   int64_t group() const { return p.group_quads * 4; }
   int64_t groups_of(int64_t k) const { return k / group() + 2; }
   int stream_rows() const { return kernels.stream_rows; }
-  void stream(int64_t panel, const float* x, int rows, float* acc) const {
+  int beside() const { return 1; }
+  void stream(int64_t panel, int, const float* x, int rows, float* acc) const {
     kernels.stream[rows - 1](x, nth_panel(all, panel, p), p.k64() * 64, group(), acc);
   }
   void unpack(int64_t panel, int64_t k, int64_t count, float* w) const {

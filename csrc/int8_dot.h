@@ -69,13 +69,13 @@ void int8_dot(const DotArgs& d) {
 
 #if defined(__x86_64__)
 
-// For a kernel that meets each panel once, at every 64 k. The hardware fetches the stream, but stops at the end of each
-// 4 KiB page: the first lines of the next page restart it. (Fetching every line by software is slower: the requests
-// compete with the loads for the same 16 line buffers.)
-PYOPS_INLINE void prefetch_stream(const int8_t* b) {
+// For a kernel that meets each panel once, at every `step` bytes. The hardware fetches the stream, but stops at the end
+// of each 4 KiB page: the first lines of the next page restart it. (Fetching every line by software is slower: the
+// requests compete with the loads for the same 16 line buffers.)
+PYOPS_INLINE void prefetch_stream(const int8_t* b, uintptr_t step = kPanelStep) {
   constexpr uintptr_t kPage = 4096;
   const uintptr_t at = reinterpret_cast<uintptr_t>(b);
-  if (at % kPage >= kPanelStep) return;
+  if (at % kPage >= step) return;
   const char* next = reinterpret_cast<const char*>(at / kPage * kPage + kPage);
   for (int i = 0; i < 4; i++) _mm_prefetch(next + i * 64, _MM_HINT_T1);
 }

@@ -12,11 +12,13 @@
 
 namespace pyops {
 
-using StreamFn = void (*)(const float* x, const int8_t* panel, int64_t k64, float* acc);
+using StreamFn = void (*)(const float* x, const int8_t* panels, int64_t k64, float* acc);
 
-PYOPS_INLINE void prefetch_panel(const int8_t* p) {
+// At every four rows of each of P panels.
+template <int P>
+PYOPS_INLINE void prefetch_rows(const int8_t* p) {
 #if defined(__x86_64__)
-  prefetch_stream(p);
+  P > 1 ? prefetch_beside(p) : prefetch_stream(p, 4 * kPanelRow);
 #endif
 }
 
@@ -53,15 +55,19 @@ void unpack_bf16(const int8_t*, int64_t, int8_t*) {}
 struct Kernels {
   int stream_rows;
   const StreamFn* stream;
+  int beside;  // panels that a streaming kernel takes at once, where there are so many
+  const StreamFn* stream_beside;
   void (*unpack)(const int8_t* panel, int64_t quads, float* w);
   decltype(&pack_panel) pack;
 };
 
 const Kernels& select() {
-  static const Kernels generic{generic::kStreamRows, generic::stream_kernels(), generic::unpack_floats, pack_panel};
+  static const Kernels generic{
+      generic::kStreamRows, generic::stream_kernels<1>(), 1, nullptr, generic::unpack_floats, pack_panel};
 #if defined(__x86_64__)
-  static const Kernels avx2{avx2::kStreamRows, avx2::stream_kernels(), avx2::unpack_floats, pack_panel},
-      avx512{avx512::kStreamRows, avx512::stream_kernels(), avx512::unpack_floats, pack_panel_avx512};
+  static const Kernels avx2{avx2::kStreamRows, avx2::stream_kernels<1>(), 1, nullptr, avx2::unpack_floats, pack_panel},
+      avx512{avx512::kStreamRows,         avx512::stream_kernels<1>(), 2,
+             avx512::stream_kernels<2>(), avx512::unpack_floats,       pack_panel_avx512};
   if (active_isa() >= Isa::avx512) return avx512;
   if (active_isa() == Isa::avx2) return avx2;
 #endif
@@ -92,8 +98,9 @@ class Int8Weight {
   int64_t group() const { return 0; }
   int64_t groups_of(int64_t) const { return 0; }
   int stream_rows() const { return kernels.stream_rows; }
-  void stream(int64_t panel, const float* x, int rows, float* acc) const {
-    kernels.stream[rows - 1](x, at(panel, 0), k64, acc);
+  int beside() const { return kernels.beside; }
+  void stream(int64_t panel, int count, const float* x, int rows, float* acc) const {
+    (count > 1 ? kernels.stream_beside : kernels.stream)[rows - 1](x, panels + panel * panel_bytes(k64), k64, acc);
   }
   void unpack(int64_t panel, int64_t k, int64_t count, float* w) const {
     kernels.unpack(at(panel, k), (count + 31) / 32 * 8, w);

@@ -22,8 +22,10 @@ SHAPES = (
     # M, N, K
     (1, 1, 1),
     (1, 64, 64),
+    (1, 225, 96),  # eight panels, of which a kernel may read three side by side, and what is left
     (2, 3, 5),
     (3, 33, 31),
+    (3, 133, 70),
     (4, 32, 128),  # the last M that AMX leaves to VNNI
     (5, 31, 65),
     (7, 127, 129),

@@ -166,10 +166,11 @@ def test_both_forms_give_the_same_bits(isa, G, kind):
 def test_panels_with_and_without_steps_side_by_side(isa, G):
     """Each panel's columns are those that it has alone, whatever ran before it."""
     K = 1100
-    parts = [kind(32, K, G, seed=i) for i, kind in enumerate((free, stepped, stepped, free, free, stepped))]
+    kinds = (free, stepped, stepped, stepped, free, free, free, stepped)
+    parts = [kind(32, K, G, seed=i) for i, kind in enumerate(kinds)]
     w = [torch.cat(t) for t in zip(*parts, strict=True)]
-    for M in (1, 2, 6, 17, 33, 100, 300):
-        x, bias = randn(M, K), randn(192)
+    for M in (1, 2, 3, 6, 17, 33, 100, 300):
+        x, bias = randn(M, K), randn(256)
         together = call(x, w, G, bias=bias, activation="relu", compute="int8")
         alone = [
             call(x, part, G, bias=b, activation="relu", compute="int8")
