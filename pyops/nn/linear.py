@@ -293,6 +293,9 @@ class QuantLinear(nn.Module):
         new = self.__new__(type(self))
         memo[id(self)] = new
         new.__dict__ = copy.deepcopy(super().__getstate__(), memo)  # without what .compile() made for this one
+        for t in new._held().values():
+            if t is not None:
+                put_on_huge_pages(t)
         return new
 
     def __getstate__(self) -> dict[str, Any]:
