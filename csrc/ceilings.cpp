@@ -76,6 +76,21 @@ void read_avx512(const int8_t* p, int64_t bytes) {
     for (int j = 0; j < 8; j++) s[j] = _mm512_xor_si512(s[j], _mm512_loadu_si512(p + i + j * 64));
   for (auto& v : s) __asm__ volatile("" ::"v"(v));
 }
+
+// Three streams side by side, as the kernels for few rows read panels.
+void read_beside_avx512(const int8_t* p, int64_t bytes) {
+  const int64_t third = bytes / 3 / 512 * 512;
+  __m512i s[8];
+  for (auto& v : s) v = _mm512_setzero_si512();
+  for (int64_t i = 0; i < third; i += 512)
+    for (int k = 0; k < 3; k++) {
+      const int8_t* q = p + k * third + i;
+      prefetch_beside(q);
+      for (int j = 0; j < 8; j++) s[j] = _mm512_xor_si512(s[j], _mm512_loadu_si512(q + j * 64));
+    }
+  for (auto& v : s) __asm__ volatile("" ::"v"(v));
+  read_avx512(p + 3 * third, bytes - 3 * third);
+}
 PYOPS_TARGET_END
 
 #endif
@@ -175,11 +190,14 @@ double read_bandwidth_gbs(int64_t bytes, int threads) {
     throw std::invalid_argument("threads must be at least 1 and bytes at least 4096 a thread");
   const int64_t part = bytes / threads / 4096 * 4096;
   const auto data = filled_buffer(part * threads);
-  auto read = &read_generic;
+  std::vector<void (*)(const int8_t*, int64_t)> ways{read_generic};
 #if defined(__x86_64__)
-  if (detected_isa() >= Isa::avx512) read = &read_avx512;
+  if (detected_isa() >= Isa::avx512) ways = {read_avx512, read_beside_avx512};
 #endif
-  return part * threads / best_round(threads, 20, [&](int t) { read(data.get() + t * part, part); }) / 1e9;
+  double best = 1e30;
+  for (auto read : ways)
+    best = std::min(best, best_round(threads, 20, [&](int t) { read(data.get() + t * part, part); }));
+  return part * threads / best / 1e9;
 }
 
 double update_bandwidth_gbs(int64_t bytes, int threads, int read_streams, int update_streams) {
