@@ -14,10 +14,16 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+from memory_use import without_holes_in_heap
 
 from pyops import backend, measure
+
+# The same examples in every run; `pytest --hypothesis-profile=default` looks for others.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 POISON_BYTE = 0xFE
@@ -35,6 +41,12 @@ def _perturb_malloc() -> bool:
 MALLOC_POISONED = _perturb_malloc()
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Random layers of a test are the same whatever tests ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def poison() -> Iterator[None]:
     """torch.empty and its kin give NaN."""
@@ -46,6 +58,13 @@ def poison() -> Iterator[None]:
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def no_holes_in_heap() -> Iterator[None]:
+    """What large tensors take and give back shows in the resident memory, whatever tests ran before."""
+    with without_holes_in_heap():
+        yield
 
 
 @pytest.fixture(params=backend.native.available_cpu_isas() if backend.native else ["ref"])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 PEAK = Path("/proc/self/clear_refs")  # 5 written to it sets the peak, VmHWM, to what is resident now
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+IS_MMAPPED = 2  # bit of the size that stands before a block
+LEAST, MOST = 17, 26  # logarithms of sizes of blocks
 
 needs_account_of_memory = pytest.mark.skipif(
     not PEAK.exists() or not hasattr(ctypes.CDLL(None), "malloc_trim"),
@@ -26,6 +29,30 @@ def take_from_heap(most: int) -> None:
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, most)
 
 
+@contextlib.contextmanager
+def without_holes_in_heap() -> Iterator[None]:
+    """Blocks of 128 KiB and more are pages of their own, which go back to the system when they are freed.
+
+    Holes that the tests before left in glibc's heap come first, whatever the bound: they are taken.
+    """
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    take_from_heap(2**LEAST)
+    held = []
+    for size in (2**log for log in range(MOST, LEAST - 1, -1)):
+        while block := libc.malloc(size):
+            if ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value & IS_MMAPPED:
+                libc.free(block)
+                break
+            held.append(block)
+    try:
+        yield
+    finally:
+        for block in held:
+            libc.free(block)
+
+
 def resident(field: str = "VmRSS") -> int:
     """Bytes, as /proc/self/status has them."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -39,8 +66,7 @@ def settled() -> int:
 
 
 def grown(run: Callable[[], object]) -> int:
-    """By how many bytes the resident memory rose at most during `run`."""
-    take_from_heap(2**17)
+    """By how many bytes the resident memory rose at most during `run`; wants the fixture `no_holes_in_heap`."""
     before = settled()
     PEAK.write_text("5")
     run()

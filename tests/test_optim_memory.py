@@ -14,6 +14,7 @@ SIZE = 4 * ROWS * COLUMNS
 
 pytestmark = [
     needs_account_of_memory,
+    pytest.mark.usefixtures("no_holes_in_heap"),
     pytest.mark.skipif(backend.native is None, reason="wants the compiled kernels"),
 ]
 

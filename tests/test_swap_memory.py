@@ -48,6 +48,7 @@ def warm(config):
 
 
 @needs_account_of_memory
+@pytest.mark.usefixtures("no_holes_in_heap")
 @pytest.mark.parametrize(
     ("dtype", "size", "layers"), [(torch.float32, SIZE, LAYERS), (torch.bfloat16, 4096, 3)], ids=str
 )
@@ -60,6 +61,7 @@ def test_peak_of_one_by_one(config, dtype, size, layers):
 
 
 @needs_account_of_memory
+@pytest.mark.usefixtures("no_holes_in_heap")
 def test_the_peak_of_all_together_is_seen():
     warm(pyops.Int8Dynamic())
     model = stack()
@@ -68,6 +70,7 @@ def test_the_peak_of_all_together_is_seen():
 
 
 @needs_account_of_memory
+@pytest.mark.usefixtures("no_holes_in_heap")
 def test_peak_with_example_inputs(config):
     if config.choice == "fp8_dynamic" or backend.native is None:
         pytest.skip("the reference computes with a dense weight")
@@ -77,6 +80,7 @@ def test_peak_with_example_inputs(config):
 
 
 @needs_account_of_memory
+@pytest.mark.usefixtures("no_holes_in_heap")
 @pytest.mark.parametrize("one_by_one", [False, True])
 @pytest.mark.parametrize(("size", "layers"), [(SIZE, LAYERS), (512, 60)], ids=["large", "small"])
 def test_what_is_left(config, one_by_one, size, layers):
