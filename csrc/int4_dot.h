@@ -4,7 +4,9 @@
 // A packed panel is that of pack_int4 (pyops/ops/int4_weight.py): 128-byte rows of 8 k · 32 n, the k 0–3 of a channel
 // in the low nibbles of its 4 bytes, 4–7 in the high ones; scales and zero points [groups][32]. A group begins and ends
 // with a row; the last of a panel may be shorter. Kernels of two kinds:
-//   fused     read the nibbles and unpack them in registers: for a tile that is alone with its panel
+//   fused     read the nibbles and unpack them in registers: for a tile that is alone with its panel; AMX, of panels
+//   with
+//             steps, into L1 beside its products: for any
 //   unpacked  read what unpack_int4 made of a range of the panel, for tiles that share it: bytes [K/4][32][4], q - z
 //             (+ 16 for VNNI, whose weights are unsigned), and the scales in fp32
 // Those of VNNI and AMX are int4_vnni.h's and int4_amx.h's.
@@ -58,6 +60,7 @@ struct Int4Args {
   const void* self;
   const void* ahead;  // VNNI: what to fetch into L2, `ahead_lines` cache lines for each 16 quads
   int ahead_lines;
+  bool cached;             // AMX with steps: the tile before has brought the panel into L2
   const Int4Args* others;  // of the panels that a kernel reads beside this one's: their panel, c and acc
 };
 using Int4Fn = void (*)(const Int4Args&);
@@ -71,6 +74,16 @@ PYOPS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline const void* scale_at(const Int4Panel& p, int64_t group) {
   const int bytes = p.scale_type == ScalarType::Float ? 4 : 2;
   return static_cast<const char*>(p.scale) + group * kPanelN * bytes;
+}
+
+// Asks for what a group has beside its nibbles. Too little for the hardware to notice a stream.
+PYOPS_INLINE void prefetch_group(const Int4Panel& p, int64_t group) {
+#if defined(__x86_64__)
+  const char* scale = static_cast<const char*>(scale_at(p, group));
+  _mm_prefetch(scale, _MM_HINT_T1);
+  if (p.scale_type == ScalarType::Float) _mm_prefetch(scale + 64, _MM_HINT_T1);
+  if (p.zero) _mm_prefetch(reinterpret_cast<const char*>(p.zero + group * kPanelN), _MM_HINT_T1);
+#endif
 }
 
 // The part of a panel from group `group` on.
@@ -140,6 +153,14 @@ PYOPS_INLINE void load_scales16(const Int4Panel& p, int64_t group, __m512& s0, _
     s0 = _mm512_loadu_ps(at);
     s1 = _mm512_loadu_ps(static_cast<const float*>(at) + 16);
   }
+}
+
+// The scales of a group as multiples of the panel's steps. Of a multiple up to 15 an inverse of 14 bits is enough.
+PYOPS_INLINE void load_multiples(const Int4Panel& p, int64_t group, __m512i* m) {
+  __m512 s[2];
+  load_scales16(p, group, s[0], s[1]);
+  for (int j = 0; j < 2; j++)
+    m[j] = _mm512_cvtps_epi32(_mm512_mul_ps(s[j], _mm512_rcp14_ps(_mm512_loadu_ps(p.step + j * 16))));
 }
 
 inline void unpack_int4_wide(const Int4Panel& p, int64_t quads, int64_t group_quads, int offset, int8_t* w,

@@ -36,11 +36,12 @@ struct Int4Kernels {
   uint8_t flip = 0;
   int max_fused = 0;  // rows that a fused kernel takes, which reads nibbles: fused[r - 1] for r rows
   const Int4Fn* fused = nullptr;
-  const Int4Fn* fused_steps = nullptr;
-  int max_beside = 0;  // rows for which several panels are read side by side: beside[r - 1]
+  const Int4Fn* fused_steps = nullptr;  // of tiles, fused_steps[0] for 16 rows, fused_steps[1] for 32
+  // Rows of a lone tile for which panels are read side by side: beside[(r - 1) / beside_rows]
+  int max_beside = 0, beside_rows = 1;
   const Int4Beside* beside = nullptr;
   UnpackInt4Fn unpack;
-  UnpackStepsFn unpack_steps;
+  UnpackStepsFn unpack_steps = nullptr;
   decltype(&pack_quads) pack_rows = nullptr;  // into quads
   // The sums of the groups of a row, which unsigned weights need; or null
   void (*sums)(const int8_t* row, int64_t quads, int64_t group_quads, int32_t* out, int64_t stride) = nullptr;
@@ -104,6 +105,8 @@ inline const Int4Kernels& int4_kernels(Isa isa, int64_t M, bool steps) {
                                           v::int4_steps<13>, v::int4_steps<14>};
   static constexpr Int4Fn kAmx[] = {amx::int4_unpacked<1, false>, amx::int4_unpacked<2, false>,
                                     amx::int4_unpacked<1, true>, amx::int4_unpacked<2, true>};
+  static constexpr Int4Fn kAmxSteps[] = {amx::int4_steps<1, 1>, amx::int4_steps<2, 1>};
+  static constexpr Int4Beside kAmxBeside[] = {{2, nullptr, amx::int4_steps<1, 2>}};
   static const Int4Kernels avx2 = [] {
     Int4Kernels k{};
     k.max_rows = 3;
@@ -154,16 +157,18 @@ inline const Int4Kernels& int4_kernels(Isa isa, int64_t M, bool steps) {
     k.tiles = true;
     k.macs_per_cycle = 500;
     k.dot = kAmx;
+    k.fused_steps = kAmxSteps;
+    k.max_beside = 16;
+    k.beside_rows = 16;
+    k.beside = kAmxBeside;
     k.unpack = avx512::unpack_int4_wide;
-    k.unpack_steps = avx512::unpack_steps_wide;
     PYOPS_SHARED(avx512, k);
     return k;
   }();
   switch (isa) {
     case Isa::amx:
-      // A tile would be mostly padding; a few rows only stream weights. Up to 8 where AMX has groups to scale, which
-      // does not fetch ahead.
-      return M <= (steps ? 4 : 8) ? vnni : amx;
+      // A few rows only stream weights. Up to 8 where AMX has groups to scale, which does not fetch ahead.
+      return M <= (steps ? 3 : 8) ? vnni : amx;
     case Isa::avx512vnni:
       return vnni;
     case Isa::avx512:

@@ -5,7 +5,8 @@
 // unpacks them in registers. More of them share a range of the panel that is unpacked into bytes, 16 KiB that stay in
 // L1 while the tiles pass; unpacking costs one store for 64 weights, as much as half a row's products with AMX.
 // Panels whose scales are multiples of steps (int4_steps.h) are unpacked into int8 weights, and multiplied as
-// int8_linear's: their sums stay integers, and meet the step in the epilogue.
+// int8_linear's: their sums stay integers, and meet the step in the epilogue. AMX unpacks them beside its products, for
+// each row tile anew.
 // Rows that are not quantized are int4_float.cpp's.
 #include "int4_kernels.h"
 #include "int4_problem.h"
@@ -16,8 +17,6 @@ namespace pyops {
 namespace {
 
 constexpr int64_t kRangeQuads = 128;  // 512 k of a panel: 16 KiB
-constexpr int64_t kStepsRange = 8;    // 64·8 k of a panel with steps: 16 KiB; or all of one that is not
-constexpr int64_t kStepsWhole = 12;   // longer than this
 constexpr int kMaxBeside = 3;         // panels that are in work at once
 
 // -------------------------------------------------------------------------------------------------------- launcher
@@ -152,7 +151,7 @@ class Int4Linear {
         reinterpret_cast<float*>(sums.get(std::max<int64_t>(blocks.max_tiles, kMaxBeside) * kTile * sizeof(float)));
     work.acc = reinterpret_cast<int32_t*>(acc.get(4 * kTile * sizeof(int32_t)));
     work.outs = reinterpret_cast<Out*>(epilogues.get(kMaxBeside * blocks.max_tiles * sizeof(Out)));
-    work.w = weights.get((kernels.tiles ? std::max(range_quads, kStepsWhole * 16) : quads) * kPanelRow);
+    work.w = weights.get((kernels.tiles ? range_quads : quads) * kPanelRow);
     work.scale = reinterpret_cast<float*>(scales.get(2 * range_groups() * kPanelN * sizeof(float)));
     if (kernels.tiles && quads) {
       multiply_tiles(begin, end, work);
@@ -207,36 +206,38 @@ class Int4Linear {
 
   bool fits_fused(int64_t b) const { return blocks.tiles(b) == 1 && rows_of(b, 0) <= kernels.max_fused; }
 
-  Int4Args fused_args(int64_t b, const Int4Panel& panel, const Out* out) const {
+  Int4Args fused_args(int64_t b, int64_t t, const Int4Panel& panel, const Out* out) const {
     Int4Args args{};
     args.panel = panel;
-    args.a = tile(b, 0);
-    args.sums = tile_sums(b, 0);
+    args.a = tile(b, t);
+    args.sums = tile_sums(b, t);
     args.quads = quads;
     args.group_quads = p.group_quads;
     args.c = out->c;
     args.acc = out->acc();
+    args.cached = t > 0;
     return args;
   }
 
   void multiply_fused(int64_t b, const Int4Panel& panel, const Out* out) const {
-    (panel.step ? kernels.fused_steps : kernels.fused)[out->rows - 1](fused_args(b, panel, out));
+    (panel.step ? kernels.fused_steps : kernels.fused)[out->rows - 1](fused_args(b, 0, panel, out));
   }
 
   // How many tasks from this one on, of panels side by side, were done at once; 0 if that is not for them.
   int64_t multiply_beside(int64_t b, int64_t task, int64_t end, Work& work) const {
-    if (!p.packed || blocks.tiles(b) > 1 || rows_of(b, 0) > kernels.max_beside) return 0;
-    const Int4Beside& beside = kernels.beside[rows_of(b, 0) - 1];
+    if (!p.packed || !quads || blocks.tiles(b) > 1 || rows_of(b, 0) > kernels.max_beside) return 0;
+    const Int4Beside& beside = kernels.beside[(rows_of(b, 0) - 1) / kernels.beside_rows];
     const int count = beside.panels;
     if (task + count > end || task % panels + count > panels) return 0;
     const Out* outs[kMaxBeside];
     Int4Args args[kMaxBeside];
     const bool steps = panel_of(task).step;
+    if (!(steps ? beside.fused_steps : beside.fused)) return 0;
     for (int i = 0; i < count; i++) {
       const Int4Panel panel = panel_of(task + i);
       if (!panel.step == steps) return 0;
       outs[i] = prepare(task + i, panel, work, i);
-      args[i] = fused_args(b, panel, outs[i]);
+      args[i] = fused_args(b, 0, panel, outs[i]);
     }
     args[0].others = args + 1;
     (steps ? beside.fused_steps : beside.fused)(args[0]);
@@ -288,27 +289,35 @@ class Int4Linear {
   }
 
   // AMX. The vector units are idle while tiles multiply: between their steps the sums of the groups before are scaled,
-  // and the epilogue of the tile before runs.
+  // or, of panels with steps, the nibbles that come next unpacked.
   void multiply_tiles(int64_t begin, int64_t end, Work& work) {
 #if defined(__x86_64__)
     Unscaled unscaled;
-    Pending pending;
-    bool half = p.group_quads == 8;  // the configuration of the tiles
+    const amx::TileShapes& free_shapes = p.group_quads == 8 ? amx::kHalfTileShapes : amx::kTileShapes;
+    const amx::TileShapes* shapes = &free_shapes;  // as the tiles are configured
     int64_t range = 0;
     for (int64_t task = begin; task < end; task++) {
       const int64_t b = first_block + task / panels, tiles = blocks.tiles(b);
       const Int4Panel panel = panel_of(task);
-      const Out* out = prepare(task, panel, work);
-      if (half != (p.group_quads == 8 && !panel.step)) {
-        half = !half;
-        amx::configure(half ? amx::kHalfTileShapes : amx::kTileShapes);
-      }
+      const amx::TileShapes& wanted = !panel.step  ? free_shapes
+                                      : tiles == 1 ? amx::shapes_of_rows(rows_of(b, 0))
+                                                   : amx::kTileShapes;
+      if (shapes != &wanted) amx::configure(*(shapes = &wanted));
       if (panel.step) {
         amx::finish_rows(unscaled);
-        multiply_tiles_steps(b, panel, out, work, pending);
+        if (const int64_t done = multiply_beside(b, task, end, work)) {
+          task += done - 1;
+          continue;
+        }
+      }
+      const Out* out = prepare(task, panel, work);
+      if (panel.step) {
+        for (int64_t t = 0; t < tiles; t++) {
+          kernels.fused_steps[out[t].rows > 16](fused_args(b, t, panel, out + t));
+          out[t].run(0, out[t].rows);
+        }
         continue;
       }
-      pending.some(pending.left());
       for (int64_t q = 0; q < quads; q += range_quads, range++) {
         const int64_t count = smaller(range_quads, quads - q);
         // Two in turn: sums that are not scaled yet go on to need theirs.
@@ -333,57 +342,7 @@ class Int4Linear {
       }
     }
     amx::finish_rows(unscaled);
-    pending.some(pending.left());
 #endif
-  }
-
-  // A tile with steps whose sums are complete and whose epilogue is not.
-  struct Pending {
-    Out out{};
-    int next = 0;
-
-    int left() const { return out.rows - next; }
-    void some(int n) {
-      if (n <= 0) return;
-      out.run(next, next + n);
-      next = std::min(next + n, out.rows);
-    }
-    static void advance(void* self, int n) { static_cast<Pending*>(self)->some(n); }
-  };
-
-  // As int8_linear, but for the unpacking of each range of the panel.
-  void multiply_tiles_steps(int64_t b, const Int4Panel& panel, const Out* out, Work& work, Pending& pending) {
-#if defined(__x86_64__)
-    const int64_t range = k64 <= kStepsWhole ? k64 : kStepsRange;
-    // The nibbles two ranges on, fetched into L2: the bursts in which they are unpacked would wait for memory.
-    const int lines = static_cast<int>((16 + blocks.tiles(b) - 1) / blocks.tiles(b));
-    const int8_t* ahead = reinterpret_cast<const int8_t*>(panel.weight) + 2 * range * 8 * kNibbleRow;
-    for (int64_t k = 0; k < k64; k += range) {
-      const int64_t k_end = std::min(k + range, k64);
-      unpack_range(panel, k * 16, (k_end - k) * 16, work.w);
-      const int8_t* whole = work.w - k * kPanelStep - kPanelRow;  // where the panel would begin
-      for (int64_t t = 0; t < blocks.tiles(b); t++) {
-        DotArgs args{tile(b, t), whole, k, k_end, out[t].acc(), ahead, lines};
-        ahead += (k_end - k) * lines * 64;
-        args.background = {Pending::advance, &pending, pending.left()};
-        out[t].rows > 16 ? amx::int8_dot<2>(args) : amx::int8_dot<1>(args);
-        if (k_end < k64) continue;
-        pending.some(pending.left());
-        pending = {out[t], 0};
-      }
-    }
-#endif
-  }
-
-  // The quads [begin, begin + count) of a panel with steps.
-  void unpack_range(const Int4Panel& panel, int64_t begin, int64_t count, int8_t* w) {
-    for (int64_t q = begin; q < begin + count;) {
-      const int64_t group = q / p.group_quads, stop = smaller(begin + count, (group + 1) * p.group_quads);
-      Int4Panel part = panel_from(panel, group, p.group_quads);
-      part.weight += (q - group * p.group_quads) / 2 * kNibbleRow;
-      kernels.unpack_steps(part, stop - q, p.group_quads, 0, w + (q - begin) * kPanelRow);
-      q = stop;
-    }
   }
 
   const Int4Problem& p;

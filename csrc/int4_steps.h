@@ -12,7 +12,8 @@ namespace pyops {
 
 constexpr int64_t kMostSteppedK = 1 << 17;  // 127 · 127 · K < 2³¹
 constexpr int kMostMultiple = 15;
-constexpr uint8_t kUnsigned = 0x80;  // xor: what makes the bytes unsigned, 128 more
+constexpr float kLeastStep = 0x1p-100f, kMostStep = 0x1p100f;  // whose inverse is as normal a number
+constexpr uint8_t kUnsigned = 0x80;                            // xor: what makes the bytes unsigned, 128 more
 
 // `quads` of a panel → w [quads][32][4], each m · (q - z), xor `flip`.
 using UnpackStepsFn = void (*)(const Int4Panel& panel, int64_t quads, int64_t group_quads, uint8_t flip, int8_t* w);
@@ -52,7 +53,8 @@ inline float find_step(const Int4Panel& p, int64_t groups, int n) {
   for (int m = 1; m <= kMostMultiple; m++) {
     const float step = static_cast<float>(largest / m);
     int64_t g = 0;
-    while (std::isfinite(step) && g < groups && fits(g, step)) g++;
+    if (!(step >= kLeastStep && step <= kMostStep)) continue;
+    while (g < groups && fits(g, step)) g++;
     if (g == groups) return step;
   }
   return 0;
@@ -107,33 +109,48 @@ PYOPS_TARGET_END
 PYOPS_TARGET_BEGIN_AVX512
 namespace avx512 {
 
-inline void unpack_steps_wide(const Int4Panel& p, int64_t quads, int64_t group_quads, uint8_t flip, int8_t* w) {
-  const __m512i low = _mm512_set1_epi8(15), flips = _mm512_set1_epi8(static_cast<char>(flip));
+// Of a group: the multiples twice in a lane of 32 bits, the same times 2¹², and m · z four times.
+struct Multiples {
+  __m512i low[2], high[2], shift[2];
+};
+
+PYOPS_INLINE Multiples multiples_of(const Int4Panel& p, int64_t group, uint8_t flip) {
   // Byte 0 of each 32-bit lane four times.
   const __m512i spread = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
+  const __m512i flips = _mm512_set1_epi8(static_cast<char>(flip));
+  __m512i multiple[2];
+  load_multiples(p, group, multiple);
+  Multiples of;
+  for (int j = 0; j < 2; j++) {
+    const __m512i zero =
+        p.zero ? _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p.zero + group * kPanelN) + j))
+               : _mm512_set1_epi32(kMiddle);
+    of.shift[j] = _mm512_sub_epi8(_mm512_shuffle_epi8(_mm512_mullo_epi16(multiple[j], zero), spread), flips);
+    of.low[j] = _mm512_or_si512(multiple[j], _mm512_slli_epi32(multiple[j], 16));
+    of.high[j] = _mm512_slli_epi16(of.low[j], 12);
+  }
+  return of;
+}
+
+// A row of nibbles → two of w. The high nibbles, 16 · q, meet the upper half of a product with 2¹² · m: no shift.
+PYOPS_INLINE void unpack_row(const uint8_t* nibbles, const Multiples& of, int8_t* w) {
+  const __m512i low = _mm512_set1_epi8(15);
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; j++) {
+    const __m512i v = _mm512_loadu_si512(nibbles + j * 64);
+    const __m512i l = _mm512_mullo_epi16(_mm512_and_si512(v, low), of.low[j]);
+    const __m512i h = _mm512_mulhi_epu16(_mm512_andnot_si512(low, v), of.high[j]);
+    _mm512_storeu_si512(w + j * 64, _mm512_sub_epi8(l, of.shift[j]));
+    _mm512_storeu_si512(w + kPanelRow + j * 64, _mm512_sub_epi8(h, of.shift[j]));
+  }
+}
+
+inline void unpack_steps_wide(const Int4Panel& p, int64_t quads, int64_t group_quads, uint8_t flip, int8_t* w) {
   const uint8_t* nibbles = p.weight;
   for (int64_t g = 0; g * group_quads < quads; g++) {
-    __m512 s[2];
-    load_scales16(p, g, s[0], s[1]);
-    __m512i m[2], shift[2];
-    for (int j = 0; j < 2; j++) {
-      const __m512i multiple = _mm512_cvtps_epi32(_mm512_div_ps(s[j], _mm512_loadu_ps(p.step + j * 16)));
-      const __m512i zero =
-          p.zero ? _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p.zero + g * kPanelN) + j))
-                 : _mm512_set1_epi32(kMiddle);
-      shift[j] = _mm512_sub_epi8(_mm512_shuffle_epi8(_mm512_mullo_epi16(multiple, zero), spread), flips);
-      m[j] = _mm512_or_si512(multiple, _mm512_slli_epi32(multiple, 16));
-    }
+    const Multiples of = multiples_of(p, g, flip);
     const int64_t rows = smaller(group_quads, quads - g * group_quads) / 2;
-    for (int64_t r = 0; r < rows; r++, nibbles += kNibbleRow, w += 2 * kPanelRow)
-#pragma GCC unroll 2
-      for (int j = 0; j < 2; j++) {
-        const __m512i v = _mm512_loadu_si512(nibbles + j * 64);
-        const __m512i l = _mm512_mullo_epi16(_mm512_and_si512(v, low), m[j]);
-        const __m512i h = _mm512_mullo_epi16(_mm512_and_si512(_mm512_srli_epi16(v, 4), low), m[j]);
-        _mm512_storeu_si512(w + j * 64, _mm512_sub_epi8(l, shift[j]));
-        _mm512_storeu_si512(w + kPanelRow + j * 64, _mm512_sub_epi8(h, shift[j]));
-      }
+    for (int64_t r = 0; r < rows; r++, nibbles += kNibbleRow, w += 2 * kPanelRow) unpack_row(nibbles, of, w);
   }
 }
 
@@ -169,6 +186,94 @@ void int4_steps(const Int4Args& d) {
 }
 
 }  // namespace avx512vnni
+PYOPS_TARGET_END
+
+PYOPS_TARGET_BEGIN_AMX
+namespace amx {
+
+// A tile of 16·MT rows and P panels side by side, of which 64 k are unpacked into L1 while those before multiply.
+// All of K; acc [rows][32] of each panel is the result.
+template <int MT, int P>
+void int4_steps(const Int4Args& d) {
+  static_assert(MT * P <= 2, "accumulators");
+  constexpr int kAccRow = kPanelN * 4, kRows = 16 * MT;
+  constexpr int kStepRows = 8;  // of nibbles: 64 k
+  alignas(64) int8_t w[2][P][kPanelStep];
+  const Int4Args* args[P];
+  const uint8_t* nibbles[P];
+  avx512::Multiples of[P];
+  for (int i = 0; i < P; i++) {
+    args[i] = i ? d.others + i - 1 : &d;
+    nibbles[i] = args[i]->panel.weight;
+  }
+  const int64_t k64 = d.quads / 16, group_rows = smaller(d.group_quads, d.quads) / 2;
+  const int64_t groups = (d.quads + d.group_quads - 1) / d.group_quads;
+  int64_t group[P], left[P];  // rows of the group
+  const auto unpack_some = [&](auto rows, int i, int8_t* out) PYOPS_LAMBDA {
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++, nibbles[i] += kNibbleRow)
+      avx512::unpack_row(nibbles[i], of[i], out + r * 2 * kPanelRow);
+    left[i] -= rows;
+    if (!left[i] && group[i] < groups) {
+      prefetch_group(args[i]->panel, group[i] + P * groups);
+      of[i] = avx512::multiples_of(args[i]->panel, group[i]++, 0);
+      left[i] = group_rows;
+    }
+  };
+  const auto unpack = [&](int slot, int i) PYOPS_LAMBDA {
+    if (!d.cached)
+      for (int row = 0; row < kStepRows; row += 4) prefetch_beside(nibbles[i] + row * kNibbleRow);
+    if (group_rows >= kStepRows) {
+      unpack_some(std::integral_constant<int, kStepRows>{}, i, w[slot][i]);
+    } else {
+      unpack_some(std::integral_constant<int, kStepRows / 2>{}, i, w[slot][i]);
+      unpack_some(std::integral_constant<int, kStepRows / 2>{}, i, w[slot][i] + kPanelStep / 2);
+    }
+  };
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  const int8_t* a = d.a;
+  for (int i = 0; i < P; i++) {
+    group[i] = 1;
+    left[i] = group_rows;
+    of[i] = avx512::multiples_of(args[i]->panel, 0, 0);
+    unpack(0, i);
+  }
+  for (int64_t k = 1; k <= k64; k++, a += kRows * 64) {
+    const int8_t* b = w[(k - 1) % 2][0];
+    if (k < k64) unpack(k % 2, 0);
+    _tile_loadd(4, a, 64);
+    _tile_loadd(6, b, kPanelRow);
+    _tile_dpbssd(0, 4, 6);
+    _tile_loadd(7, b + 64, kPanelRow);
+    _tile_dpbssd(1, 4, 7);
+    if constexpr (MT == 2) {
+      _tile_loadd(5, a + 16 * 64, 64);
+      _tile_dpbssd(2, 5, 6);
+      _tile_dpbssd(3, 5, 7);
+    }
+    if constexpr (P == 2) {
+      if (k < k64) unpack(k % 2, 1);
+      _tile_loadd(6, b + kPanelStep, kPanelRow);
+      _tile_dpbssd(2, 4, 6);
+      _tile_loadd(7, b + kPanelStep + 64, kPanelRow);
+      _tile_dpbssd(3, 4, 7);
+    }
+  }
+  int32_t* acc = d.acc;
+  _tile_stored(0, acc, kAccRow);
+  _tile_stored(1, acc + 16, kAccRow);
+  if constexpr (MT == 2) acc += 16 * kPanelN;
+  if constexpr (P == 2) acc = d.others->acc;
+  if constexpr (MT * P == 2) {
+    _tile_stored(2, acc, kAccRow);
+    _tile_stored(3, acc + 16, kAccRow);
+  }
+}
+
+}  // namespace amx
 PYOPS_TARGET_END
 
 #endif

@@ -68,14 +68,6 @@ PYOPS_INLINE void prefetch_nibbles(const uint8_t* p) {
   for (int i = 0; i < 4; i++) _mm_prefetch(next + i * 64, _MM_HINT_T1);
 }
 
-// The scales of a group as multiples of the panel's steps.
-PYOPS_INLINE void load_multiples(const Int4Panel& p, int64_t group, __m512i& m0, __m512i& m1) {
-  __m512 s0, s1;
-  avx512::load_scales16(p, group, s0, s1);
-  m0 = _mm512_cvtps_epi32(_mm512_div_ps(s0, _mm512_loadu_ps(p.step)));
-  m1 = _mm512_cvtps_epi32(_mm512_div_ps(s1, _mm512_loadu_ps(p.step + 16)));
-}
-
 // Few rows and P panels side by side: memory answers several streams faster than one. c stays in registers. Low and
 // high nibbles have sums of their own, so that two chains hide the latency. kSteps: groups are added up in integers,
 // into acc.
@@ -95,8 +87,10 @@ void int4_fused_few(const Int4Args& d) {
       total[i][r][0] = total[i][r][1] = zero;
     }
   }
+  const int64_t groups = (d.quads + d.group_quads - 1) / d.group_quads;
   for (int64_t q = 0, g = 0; q < d.quads; q += d.group_quads, g++) {
     __m512i acc[P][MR][2], high[P][MR][2];
+    for (int i = 0; i < P; i++) prefetch_group(args[i]->panel, g + P * groups);
     for (int i = 0; i < P; i++)
       for (int r = 0; r < MR; r++) {
         start_group(args[i]->panel, g, d.sums + g * MR + r, acc[i][r][0], acc[i][r][1]);
@@ -127,7 +121,7 @@ void int4_fused_few(const Int4Args& d) {
     for (int i = 0; i < P; i++) {
       if constexpr (kSteps) {
         __m512i m[2];
-        load_multiples(args[i]->panel, g, m[0], m[1]);
+        avx512::load_multiples(args[i]->panel, g, m);
         for (int r = 0; r < MR; r++)
           for (int j = 0; j < 2; j++) {
             const __m512i sum = _mm512_add_epi32(acc[i][r][j], high[i][r][j]);
@@ -181,10 +175,10 @@ void int4_fused(const Int4Args& d) {
       }
     }
     if constexpr (kSteps) {
-      __m512i m0, m1;
-      load_multiples(d.panel, g, m0, m1);
+      __m512i m[2];
+      avx512::load_multiples(d.panel, g, m);
 #pragma GCC unroll 14
-      for (int r = 0; r < MR; r++) PYOPS_ADD_MULTIPLES(acc[r][0], acc[r][1], d.acc + r * kPanelN, m0, m1);
+      for (int r = 0; r < MR; r++) PYOPS_ADD_MULTIPLES(acc[r][0], acc[r][1], d.acc + r * kPanelN, m[0], m[1]);
       continue;
     }
     __m512 s0, s1;

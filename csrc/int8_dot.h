@@ -7,6 +7,7 @@
 //   tiles   [K/64][rows][64]    what AMX loads, rows padded to 16 or 32
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 
@@ -281,16 +282,28 @@ PYOPS_TARGET_END
 PYOPS_TARGET_BEGIN_AMX
 namespace amx {
 
-// Tiles 0–3 are 16 rows of 64 bytes. 4–5 hold rows, of `k` bytes, 6–7 the panel, k/4 rows. In static memory: the
-// compiler does not know that ldtilecfg reads all of it.
+// Tiles 0–3 are 16 rows of 64 bytes, or as many as there are: a product takes a cycle for each. 4–5 hold rows, of `k`
+// bytes, 6–7 the panel, k/4 rows. In static memory: the compiler does not know that ldtilecfg reads all of it.
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16];
   uint8_t rows[16];
-  explicit constexpr TileShapes(uint8_t k)
-      : row_bytes{64, 64, 64, 64, k, k, 64, 64}, rows{16, 16, 16, 16, 16, 16, uint8_t(k / 4), uint8_t(k / 4)} {}
+  // `first` in tiles 0, 1 and 4, `second` in 2, 3 and 5
+  explicit constexpr TileShapes(uint8_t k = 64, uint8_t first = 16, uint8_t second = 16)
+      : row_bytes{64, 64, 64, 64, k, k, 64, 64},
+        rows{first, first, second, second, first, second, uint8_t(k / 4), uint8_t(k / 4)} {}
 };
 inline constexpr TileShapes kTileShapes(64), kHalfTileShapes(32);
+
+// Those of a lone tile of that many rows; up to 16 of them may meet two panels.
+inline const TileShapes& shapes_of_rows(int64_t rows) {
+  static constexpr auto kShapes = [] {
+    std::array<TileShapes, kDotMaxRows> shapes{};
+    for (int n = 1; n <= kDotMaxRows; n++) shapes[n - 1] = TileShapes(64, n < 16 ? n : 16, n <= 16 ? n : n - 16);
+    return shapes;
+  }();
+  return kShapes[rows - 1];
+}
 
 // Holds the configuration while it lives, on its thread.
 class TileConfig {

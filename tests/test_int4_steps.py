@@ -12,7 +12,15 @@ from test_int4_linear import GROUPS, assert_close_to_oracle, call, oracle
 
 from pyops import ops
 from pyops.ops.int4_quantize import MOST_STEP_LOSS
-from pyops.ops.int4_weight import MOST_STEPPED_K, SCALE_DTYPES, find_steps, group_count, pack_nibbles
+from pyops.ops.int4_weight import (
+    LEAST_STEP,
+    MOST_STEP,
+    MOST_STEPPED_K,
+    SCALE_DTYPES,
+    find_steps,
+    group_count,
+    pack_nibbles,
+)
 
 ZERO = pytest.mark.parametrize("zero", [False, True], ids=["symmetric", "zero points"])
 
@@ -76,6 +84,19 @@ def test_the_largest_step_is_found():
 def test_scales_without_a_step(scale, zero):
     z = None if zero is None else torch.full((1, 2), zero).to(torch.uint8)
     assert find_steps(torch.tensor([scale]), z, 64).item() == 0
+
+
+@pytest.mark.parametrize(("step", "found"), [(LEAST_STEP, 1), (LEAST_STEP / 2, 0), (MOST_STEP, 1), (2 * MOST_STEP, 0)])
+def test_steps_have_an_inverse(isa, step, found):
+    """Beyond, scales are free; on the bounds multiples are exact."""
+    scale = (randint(1, 15, 40, 5) * step).float()
+    scale[:, 0], scale[:, 1] = step, 15 * step  # of which there is no larger step, but smaller ones
+    w = pack_nibbles(randint(0, 15, 40, 640)), scale, None
+    assert (find_steps(scale, None, 640) == step * found).all()
+    for M in (1, 6, 40):
+        bits = [call(randn(M, 640), w, 128, packed, compute="int8") for packed in (False, True)]
+        assert torch.equal(*bits)
+        assert_close_to_oracle(bits[0], randn(M, 640), w, 128)
 
 
 def test_where_the_sum_could_overflow_there_are_no_steps():

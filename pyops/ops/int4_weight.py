@@ -38,6 +38,8 @@ MOST_MULTIPLE = 15
 """Of a step: 15 · 8 ≤ 127 < 16 · 8, and of q - z there is always one of at least 7 or 8."""
 MOST_STEPPED_K = 2**17
 """127 · 127 · K < 2³¹"""
+LEAST_STEP, MOST_STEP = 2.0**-100, 2.0**100
+"""The kernels multiply by the inverse of a step."""
 
 
 def group_count(K: int, group_size: int) -> int:
@@ -131,7 +133,8 @@ def find_steps(w_scale: torch.Tensor, w_zero: torch.Tensor | None, K: int) -> to
     for m in range(1, MOST_MULTIPLE + 1):
         step = (largest / m).float().double()
         multiples = (s / step[:, None]).round_()
-        fits = ((multiples * step[:, None] == s) & (multiples >= 0) & (multiples <= most)).all(1) & step.isfinite()
+        within = (step >= LEAST_STEP) & (step <= MOST_STEP)
+        fits = ((multiples * step[:, None] == s) & (multiples >= 0) & (multiples <= most)).all(1) & within
         found = torch.where((found == 0) & fits, step, found)
     return found.float()
 
