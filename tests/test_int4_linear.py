@@ -334,9 +334,11 @@ def test_a_row_of_float_differs_by_the_order_of_its_sums(isa, G, zero):
     N, K = 33, 1301
     x, w = randn(700, K), weight(N, K, G, zero)
     _, magnitude = oracle(x, w, G, compute="float")
-    alone = torch.cat([call(row, w, G, compute="float") for row in x.split(1)])
+    packed = form(w, K, G, True)
+    options = {"group_size": G, "out_features": N, "compute": "float"}
+    alone = torch.cat([ops.int4_linear(row, *packed, **options) for row in x.split(1)])
     for M in cases.ROW_COUNTS:
-        y = call(x[:M], w, G, compute="float")
+        y = ops.int4_linear(x[:M], *packed, **options)
         assert ((y - alone[:M]).abs() <= 8 * EPS * magnitude[:M]).all(), M
 
 
