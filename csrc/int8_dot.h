@@ -369,6 +369,34 @@ void int8_dot(const DotArgs& d) {
   }
 }
 
+// Up to 16 rows and two panels side by side, all of K.
+inline void int8_dot_beside(const DotArgs& d) {
+  constexpr int kAccRow = kPanelN * 4;
+  const DotArgs& other = *d.others;
+  const int8_t *a = d.a, *b = d.panel + kPanelRow, *c = other.panel + kPanelRow;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < d.end; k++, a += 16 * 64, b += kPanelStep, c += kPanelStep) {
+    for (int i = 0; i < kPanelStep; i += 512) prefetch_beside(b + i);
+    _tile_loadd(4, a, 64);
+    _tile_loadd(6, b, kPanelRow);
+    _tile_dpbssd(0, 4, 6);
+    _tile_loadd(7, b + 64, kPanelRow);
+    _tile_dpbssd(1, 4, 7);
+    for (int i = 0; i < kPanelStep; i += 512) prefetch_beside(c + i);
+    _tile_loadd(6, c, kPanelRow);
+    _tile_dpbssd(2, 4, 6);
+    _tile_loadd(7, c + 64, kPanelRow);
+    _tile_dpbssd(3, 4, 7);
+  }
+  _tile_stored(0, d.acc, kAccRow);
+  _tile_stored(1, d.acc + 16, kAccRow);
+  _tile_stored(2, other.acc, kAccRow);
+  _tile_stored(3, other.acc + 16, kAccRow);
+}
+
 }  // namespace amx
 PYOPS_TARGET_END
 

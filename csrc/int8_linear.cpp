@@ -18,8 +18,8 @@
 namespace pyops {
 namespace {
 
-constexpr int kMaxBeside = 3, kMaxBesideRows = 4;  // panels that few rows read side by side
-constexpr int64_t kAmxSteps = 16;                  // 64·16 k of a panel, 32 KiB, stay in L1 while the row tiles pass
+constexpr int kMaxBeside = 3, kMaxBesideRows = 16;  // panels that few rows read side by side
+constexpr int64_t kAmxSteps = 16;                   // 64·16 k of a panel, 32 KiB, stay in L1 while the row tiles pass
 
 // ------------------------------------------------------------------------------------------------- kernels of an ISA
 
@@ -41,8 +41,8 @@ struct Kernels {
   bool tiles;    // rows in AMX tiles, else in quads
   uint8_t flip;  // xor on the quantized rows
   double macs_per_cycle;
-  const DotFn* dot;  // quads: dot[r - 1] for r rows; tiles: dot[0] for 16, dot[1] for 32
-  int max_beside;    // rows for which several panels are read side by side: beside[r - 1]
+  const DotFn* dot;             // quads: dot[r - 1] for r rows; tiles: dot[0] for 16, dot[1] for 32
+  int max_beside, beside_rows;  // rows for which several panels are read side by side: beside[(r - 1) / beside_rows]
   const Beside* beside;
   decltype(&pack_quads) pack_rows;  // null for tiles, which are quantized in place
   decltype(&pack_panel) panel_packer;
@@ -60,7 +60,7 @@ struct Kernels {
 const Kernels& select(Isa isa, int64_t M) {
   static constexpr DotFn kGeneric[] = {generic::int8_dot<1>, generic::int8_dot<2>, generic::int8_dot<3>,
                                        generic::int8_dot<4>};
-  static const Kernels generic{4, false, 0, 2, kGeneric, 0, nullptr, pack_quads, pack_panel, PYOPS_SHARED(generic)};
+  static const Kernels generic{4, false, 0, 2, kGeneric, 0, 1, nullptr, pack_quads, pack_panel, PYOPS_SHARED(generic)};
 #if defined(__x86_64__)
   static constexpr DotFn kAvx2[] = {avx2::int8_dot<1>, avx2::int8_dot<2>, avx2::int8_dot<3>};
   static constexpr DotFn kAvx512[] = {avx512::int8_dot<1>, avx512::int8_dot<2>, avx512::int8_dot<3>,
@@ -72,13 +72,15 @@ const Kernels& select(Isa isa, int64_t M) {
                                     int8_dot<11>, int8_dot<12>, int8_dot<13>, int8_dot<14>};
   static constexpr Beside kBeside[] = {
       {3, int8_dot_beside<1, 3>}, {2, int8_dot_beside<2, 2>}, {2, int8_dot_beside<3, 2>}, {2, int8_dot_beside<4, 2>}};
+  static constexpr Beside kAmxBeside[] = {{2, amx::int8_dot_beside}};
   static constexpr DotFn kAmx[] = {amx::int8_dot<1>, amx::int8_dot<2>};
-  static const Kernels avx2{3, false, 0, 24, kAvx2, 0, nullptr, pack_quads, pack_panel, PYOPS_SHARED(avx2)};
+  static const Kernels avx2{3, false, 0, 24, kAvx2, 0, 1, nullptr, pack_quads, pack_panel, PYOPS_SHARED(avx2)};
   static const Kernels avx512{
-      8, false, 0, 40, kAvx512, 0, nullptr, pack_quads_avx512, pack_panel_avx512, PYOPS_SHARED(avx512)};
+      8, false, 0, 40, kAvx512, 0, 1, nullptr, pack_quads_avx512, pack_panel_avx512, PYOPS_SHARED(avx512)};
   static const Kernels vnni{
-      14, false, 0x80, 128, kVnni, 4, kBeside, pack_quads_avx512, pack_panel_avx512, PYOPS_SHARED(avx512)};
-  static const Kernels amx{32, true, 0, 800, kAmx, 0, nullptr, nullptr, pack_panel_avx512, PYOPS_SHARED(avx512)};
+      14, false, 0x80, 128, kVnni, 4, 1, kBeside, pack_quads_avx512, pack_panel_avx512, PYOPS_SHARED(avx512)};
+  static const Kernels amx{
+      32, true, 0, 800, kAmx, 16, 16, kAmxBeside, nullptr, pack_panel_avx512, PYOPS_SHARED(avx512)};
   switch (isa) {
     case Isa::amx:
       return M <= 4 ? vnni : amx;  // a tile would be mostly padding; one to four rows only stream weights
@@ -142,7 +144,9 @@ class Int8Linear {
     const double cycles = kPanelN * double(p.K) * std::max(1.0 / 8, rows / kernels.macs_per_cycle) + 20 * rows + 50;
     in_parallel(count * panels, cycles, [this](int64_t begin, int64_t end) {
 #if defined(__x86_64__)
-      if (kernels.tiles) return amx::with_tiles([&] { multiply(begin, end); });
+      if (kernels.tiles)
+        return amx::with_tiles([&] { multiply(begin, end); },
+                               p.M <= kDotMaxRows ? amx::shapes_of_rows(p.M) : amx::kTileShapes);
 #endif
       multiply(begin, end);
     });
@@ -204,7 +208,7 @@ class Int8Linear {
   // The first of the tasks [begin, end), several panels at a time, of rows few enough for that. The first that is left.
   int64_t multiply_beside(int64_t begin, int64_t end) {
     if (!p.packed || p.M > kernels.max_beside) return begin;
-    const Beside& beside = kernels.beside[p.M - 1];
+    const Beside& beside = kernels.beside[(p.M - 1) / kernels.beside_rows];
     const auto epilogue = std::get<TypeKernels<T>>(kernels.types).epilogue_for(p.activation);
     alignas(64) int32_t acc[kMaxBeside][kMaxBesideRows * kPanelN];
     alignas(64) float s_w[kPanelN], bias[kPanelN];
