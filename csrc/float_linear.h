@@ -32,6 +32,10 @@
 #include "scratch.h"
 #include "tensor.h"
 
+namespace pyops {
+constexpr int kMostStreamRows = 4, kMostBeside = 3;  // rows and panels that a streaming kernel takes at once
+}
+
 #define PYOPS_ISA_FILE "float_linear.inc"
 #include "for_each_isa.h"
 
@@ -41,8 +45,7 @@ constexpr int64_t kRangeK = 1024;           // k of a block in L2
 constexpr int64_t kSliceK = 256;            // k of a panel in L1: 32 KiB of fp32; of bf16 twice as many
 constexpr int64_t kFloatBlock = 768 << 10;  // bytes of a block: 128 rows of three parts
 constexpr int64_t kMostRows = 384;          // of a block
-constexpr int kMostStreamRows = 4, kMostBeside = 3;
-constexpr int64_t kMostAcc = 64 << 20;  // bytes of waiting sums
+constexpr int64_t kMostAcc = 64 << 20;      // bytes of waiting sums
 
 // ------------------------------------------------------------------------------------------------- kernels of an ISA
 

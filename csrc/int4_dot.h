@@ -4,9 +4,8 @@
 // A packed panel is that of pack_int4 (pyops/ops/int4_weight.py): 128-byte rows of 8 k · 32 n, the k 0–3 of a channel
 // in the low nibbles of its 4 bytes, 4–7 in the high ones; scales and zero points [groups][32]. A group begins and ends
 // with a row; the last of a panel may be shorter. Kernels of two kinds:
-//   fused     read the nibbles and unpack them in registers: for a tile that is alone with its panel; AMX, of panels
-//   with
-//             steps, into L1 beside its products: for any
+//   fused     read the nibbles and unpack them in registers: for a tile that is alone with its panel. AMX, of panels
+//             with steps, unpacks them into L1 beside its products: for any tile
 //   unpacked  read what unpack_int4 made of a range of the panel, for tiles that share it: bytes [K/4][32][4], q - z
 //             (+ 16 for VNNI, whose weights are unsigned), and the scales in fp32
 // Those of VNNI and AMX are int4_vnni.h's and int4_amx.h's.

@@ -20,10 +20,18 @@ struct Int4TypeKernels {
   EpilogueFn<T> (*steps_epilogue_for)(Activation);
 };
 
+constexpr int kMaxBeside = 3;  // panels that are in work at once
+
 struct Int4Beside {
   int panels;
   Int4Fn fused, fused_steps;
 };
+
+template <int P>
+constexpr Int4Beside int4_beside(Int4Fn fused, Int4Fn fused_steps) {
+  static_assert(P <= kMaxBeside);
+  return {P, fused, fused_steps};
+}
 
 struct Int4Kernels {
   int max_rows;           // rows of a tile
@@ -96,9 +104,10 @@ inline const Int4Kernels& int4_kernels(Isa isa, int64_t M, bool steps) {
       v::int4_unpacked<11>, v::int4_unpacked<12>, v::int4_unpacked<13>, v::int4_unpacked<14>};
   static constexpr Int4Fn kFused[] = {PYOPS_FUSED(false)};
   static constexpr Int4Fn kFusedSteps[] = {PYOPS_FUSED(true)};
-  static constexpr Int4Beside kBeside[] = {{3, v::int4_fused_few<1, false, 3>, v::int4_fused_few<1, true, 3>},
-                                           {2, v::int4_fused_few<2, false, 2>, v::int4_fused_few<2, true, 2>},
-                                           {2, v::int4_fused_few<3, false, 2>, v::int4_fused_few<3, true, 2>}};
+  static constexpr Int4Beside kBeside[] = {
+      int4_beside<3>(v::int4_fused_few<1, false, 3>, v::int4_fused_few<1, true, 3>),
+      int4_beside<2>(v::int4_fused_few<2, false, 2>, v::int4_fused_few<2, true, 2>),
+      int4_beside<2>(v::int4_fused_few<3, false, 2>, v::int4_fused_few<3, true, 2>)};
   static constexpr Int4Fn kVnniSteps[] = {v::int4_steps<1>,  v::int4_steps<2>,  v::int4_steps<3>,  v::int4_steps<4>,
                                           v::int4_steps<5>,  v::int4_steps<6>,  v::int4_steps<7>,  v::int4_steps<8>,
                                           v::int4_steps<9>,  v::int4_steps<10>, v::int4_steps<11>, v::int4_steps<12>,
@@ -106,7 +115,7 @@ inline const Int4Kernels& int4_kernels(Isa isa, int64_t M, bool steps) {
   static constexpr Int4Fn kAmx[] = {amx::int4_unpacked<1, false>, amx::int4_unpacked<2, false>,
                                     amx::int4_unpacked<1, true>, amx::int4_unpacked<2, true>};
   static constexpr Int4Fn kAmxSteps[] = {amx::int4_steps<1, 1>, amx::int4_steps<2, 1>};
-  static constexpr Int4Beside kAmxBeside[] = {{2, nullptr, amx::int4_steps<1, 2>}};
+  static constexpr Int4Beside kAmxBeside[] = {int4_beside<2>(nullptr, amx::int4_steps<1, 2>)};
   static const Int4Kernels avx2 = [] {
     Int4Kernels k{};
     k.max_rows = 3;

@@ -17,7 +17,6 @@ namespace pyops {
 namespace {
 
 constexpr int64_t kRangeQuads = 128;  // 512 k of a panel: 16 KiB
-constexpr int kMaxBeside = 3;         // panels that are in work at once
 
 // -------------------------------------------------------------------------------------------------------- launcher
 
@@ -140,8 +139,8 @@ class Int4Linear {
     int8_t* w;
     int32_t* acc;
     Out* outs;
-    alignas(64) float bias[kMaxBeside][kPanelN],
-        s_w[kMaxBeside][kPanelN];  // a tile that is not finished keeps those of its panel
+    // A tile that is not finished keeps those of its panel.
+    alignas(64) float bias[kMaxBeside][kPanelN], s_w[kMaxBeside][kPanelN];
   };
 
   void multiply(int64_t begin, int64_t end) {
@@ -233,9 +232,10 @@ class Int4Linear {
     Int4Args args[kMaxBeside];
     const bool steps = panel_of(task).step;
     if (!(steps ? beside.fused_steps : beside.fused)) return 0;
+    for (int i = 1; i < count; i++)
+      if (!panel_of(task + i).step == steps) return 0;
     for (int i = 0; i < count; i++) {
       const Int4Panel panel = panel_of(task + i);
-      if (!panel.step == steps) return 0;
       outs[i] = prepare(task + i, panel, work, i);
       args[i] = fused_args(b, 0, panel, outs[i]);
     }

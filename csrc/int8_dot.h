@@ -70,9 +70,9 @@ void int8_dot(const DotArgs& d) {
 
 #if defined(__x86_64__)
 
-// For a kernel that meets each panel once, at every `step` bytes. The hardware fetches the stream, but stops at the end
-// of each 4 KiB page: the first lines of the next page restart it. (Fetching every line by software is slower: the
-// requests compete with the loads for the same 16 line buffers.)
+// For a kernel that meets panels one after the other, at every `step` bytes. The hardware fetches the stream, but stops
+// at the end of each 4 KiB page: the first lines of the next page restart it. (Fetching every line of one stream by
+// software is slower: the requests compete with the loads for the same 16 line buffers.)
 PYOPS_INLINE void prefetch_stream(const int8_t* b, uintptr_t step = kPanelStep) {
   constexpr uintptr_t kPage = 4096;
   const uintptr_t at = reinterpret_cast<uintptr_t>(b);
@@ -82,7 +82,7 @@ PYOPS_INLINE void prefetch_stream(const int8_t* b, uintptr_t step = kPanelStep) 
 }
 
 // For a kernel that reads several panels side by side, at every 512 bytes of each: memory answers several streams
-// faster than one, and fastest if every line is asked for early.
+// faster than one, and fastest if every line is asked for well before its load, which then finds it in L2.
 PYOPS_INLINE void prefetch_beside(const void* b) {
   for (int i = 0; i < 8; i++) _mm_prefetch(static_cast<const char*>(b) + 2048 + i * 64, _MM_HINT_T1);
 }
@@ -288,12 +288,13 @@ struct alignas(64) TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16];
   uint8_t rows[16];
+  constexpr TileShapes() : TileShapes(64) {}
   // `first` in tiles 0, 1 and 4, `second` in 2, 3 and 5
-  explicit constexpr TileShapes(uint8_t k = 64, uint8_t first = 16, uint8_t second = 16)
+  explicit constexpr TileShapes(uint8_t k, uint8_t first = 16, uint8_t second = 16)
       : row_bytes{64, 64, 64, 64, k, k, 64, 64},
         rows{first, first, second, second, first, second, uint8_t(k / 4), uint8_t(k / 4)} {}
 };
-inline constexpr TileShapes kTileShapes(64), kHalfTileShapes(32);
+inline constexpr TileShapes kTileShapes, kHalfTileShapes(32);
 
 // Those of a lone tile of that many rows; up to 16 of them may meet two panels.
 inline const TileShapes& shapes_of_rows(int64_t rows) {
@@ -315,6 +316,9 @@ class TileConfig {
 };
 
 inline void configure(const TileShapes& shapes) { _tile_loadconfig(&shapes); }
+
+// Before a tile is loaded from what this function stored: the compiler does not know that _tile_loadd reads memory.
+PYOPS_INLINE void finish_stores() { asm volatile("" ::: "memory"); }
 
 // Runs `work` with the tiles configured. Not inlined: the caller need not be compiled for AMX.
 template <class F>

@@ -18,7 +18,7 @@
 namespace pyops {
 namespace {
 
-constexpr int kMaxBeside = 3, kMaxBesideRows = 16;  // panels that few rows read side by side
+constexpr int kMaxBeside = 3, kMaxBesideRows = 16;  // panels side by side, and the rows that read them so
 constexpr int64_t kAmxSteps = 16;                   // 64·16 k of a panel, 32 KiB, stay in L1 while the row tiles pass
 
 // ------------------------------------------------------------------------------------------------- kernels of an ISA
@@ -35,6 +35,12 @@ struct Beside {
   int panels;
   DotFn dot;
 };
+
+template <int MR, int P>
+constexpr Beside beside(DotFn dot) {
+  static_assert(MR <= kMaxBesideRows && P <= kMaxBeside);
+  return {P, dot};
+}
 
 struct Kernels {
   int max_rows;  // rows of a tile
@@ -70,9 +76,9 @@ const Kernels& select(Isa isa, int64_t M) {
   static constexpr DotFn kVnni[] = {int8_dot<1>,  int8_dot<2>,  int8_dot<3>,  int8_dot<4>, int8_dot<5>,
                                     int8_dot<6>,  int8_dot<7>,  int8_dot<8>,  int8_dot<9>, int8_dot<10>,
                                     int8_dot<11>, int8_dot<12>, int8_dot<13>, int8_dot<14>};
-  static constexpr Beside kBeside[] = {
-      {3, int8_dot_beside<1, 3>}, {2, int8_dot_beside<2, 2>}, {2, int8_dot_beside<3, 2>}, {2, int8_dot_beside<4, 2>}};
-  static constexpr Beside kAmxBeside[] = {{2, amx::int8_dot_beside}};
+  static constexpr Beside kBeside[] = {beside<1, 3>(int8_dot_beside<1, 3>), beside<2, 2>(int8_dot_beside<2, 2>),
+                                       beside<3, 2>(int8_dot_beside<3, 2>), beside<4, 2>(int8_dot_beside<4, 2>)};
+  static constexpr Beside kAmxBeside[] = {beside<16, 2>(amx::int8_dot_beside)};
   static constexpr DotFn kAmx[] = {amx::int8_dot<1>, amx::int8_dot<2>};
   static const Kernels avx2{3, false, 0, 24, kAvx2, 0, 1, nullptr, pack_quads, pack_panel, PYOPS_SHARED(avx2)};
   static const Kernels avx512{
@@ -205,7 +211,8 @@ class Int8Linear {
     static void advance(void* self, int n) { static_cast<Pending*>(self)->some(n); }
   };
 
-  // The first of the tasks [begin, end), several panels at a time, of rows few enough for that. The first that is left.
+  // Does the first of the tasks [begin, end), several panels at a time, if the rows are few; returns the first task
+  // left.
   int64_t multiply_beside(int64_t begin, int64_t end) {
     if (!p.packed || p.M > kernels.max_beside) return begin;
     const Beside& beside = kernels.beside[(p.M - 1) / kernels.beside_rows];

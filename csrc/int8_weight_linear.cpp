@@ -65,9 +65,9 @@ const Kernels& select() {
   static const Kernels generic{
       generic::kStreamRows, generic::stream_kernels<1>(), 1, nullptr, generic::unpack_floats, pack_panel};
 #if defined(__x86_64__)
-  static const Kernels avx2{avx2::kStreamRows, avx2::stream_kernels<1>(), 1, nullptr, avx2::unpack_floats, pack_panel},
-      avx512{avx512::kStreamRows,         avx512::stream_kernels<1>(), 2,
-             avx512::stream_kernels<2>(), avx512::unpack_floats,       pack_panel_avx512};
+  static const Kernels avx2{avx2::kStreamRows, avx2::stream_kernels<1>(), 1, nullptr, avx2::unpack_floats, pack_panel};
+  static const Kernels avx512{avx512::kStreamRows,         avx512::stream_kernels<1>(), 2,
+                              avx512::stream_kernels<2>(), avx512::unpack_floats,       pack_panel_avx512};
   if (active_isa() >= Isa::avx512) return avx512;
   if (active_isa() == Isa::avx2) return avx2;
 #endif

@@ -26,7 +26,7 @@ SHAPES = (
     (2, 3, 5),
     (3, 33, 31),
     (3, 133, 70),
-    (4, 32, 128),  # the last M that AMX leaves to VNNI
+    (4, 32, 128),  # the last M that int8's AMX leaves to VNNI
     (5, 31, 65),
     (7, 127, 129),
     (13, 17, 61),

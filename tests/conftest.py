@@ -7,6 +7,7 @@ padding that it reads, cannot pass for a plausible number.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import subprocess
@@ -14,16 +15,18 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import hypothesis
 import pytest
 import torch
 from memory_use import without_holes_in_heap
 
 from pyops import backend, measure
 
-# The same examples in every run; `pytest --hypothesis-profile=default` looks for others.
-hypothesis.settings.register_profile("repeatable", derandomize=True)
-hypothesis.settings.load_profile("repeatable")
+with contextlib.suppress(ImportError):  # tests/gpu runs without it
+    import hypothesis
+
+    # The same examples in every run; `pytest --hypothesis-profile=default` looks for others.
+    hypothesis.settings.register_profile("repeatable", derandomize=True)
+    hypothesis.settings.load_profile("repeatable")
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 POISON_BYTE = 0xFE
