@@ -12,6 +12,7 @@ from pyops.bench.int4_linear import quantized
 from pyops.bench.int8_linear_graphs import OnnxLinear, OpenVinoLinear
 from pyops.bench.int8_linear_peers import TorchBf16, TorchFp16, TorchFp32, float_linear
 from pyops.bench.peers import Instance, Peer
+from pyops.ops.int4_quantize import quantize_int4
 
 
 class _Int4Weights(Peer):
@@ -37,6 +38,45 @@ class Pyops(_Int4Weights):
             linear = float_linear(inputs, torch.float32)
             module = Int4Linear.from_float(linear, group_size=inputs["case"].dims["G"])
             module.to(x.dtype)  # the bias, as in a model of this dtype
+            return Instance(lambda: module(x))
+
+        return {"": build}
+
+
+class PyopsFreeScales(_Int4Weights):
+    """The same for weights of other libraries, whose scales are no multiples of steps."""
+
+    name, role, devices = "pyops-free-scales", "figure", ("cpu", "cuda")
+    runs, excluded = "pyops.nn.Int4Linear, scales as from another library", "ours, for weights that were loaded"
+
+    def variants(self, inputs: Inputs) -> dict[str, Callable[..., Instance]]:
+        from pyops.nn import Int4Linear
+
+        x, K, G = inputs["x"], inputs["w"].shape[1], inputs["case"].dims["G"]
+
+        def build() -> Instance:
+            weight = quantize_int4(inputs["w"], G, steps=False)
+            bias = inputs["bias"].to(x.dtype)
+            module = Int4Linear.from_quantized(*weight, bias, in_features=K, group_size=G)
+            return Instance(lambda: module(x))
+
+        return {"": build}
+
+
+class PyopsFloat(_Int4Weights):
+    """The same with activations as they are."""
+
+    name, role, devices = "pyops-float", "figure", ("cpu", "cuda")
+    runs, excluded = 'pyops.nn.Int4Linear(compute="float")', "ours, exact in its activations"
+
+    def variants(self, inputs: Inputs) -> dict[str, Callable[..., Instance]]:
+        from pyops.nn import Int4Linear
+
+        x = inputs["x"]
+
+        def build() -> Instance:
+            linear = float_linear(inputs, torch.float32)
+            module = Int4Linear.from_float(linear, group_size=inputs["case"].dims["G"], compute="float").to(x.dtype)
             return Instance(lambda: module(x))
 
         return {"": build}
@@ -184,6 +224,8 @@ class OpenVinoInt4(OpenVinoLinear, _Int4Weights):
 
 PEERS: list[type[Peer]] = [
     Pyops,
+    PyopsFreeScales,
+    PyopsFloat,
     PyopsInt8,
     TorchFp32,
     TorchBf16,
