@@ -17,6 +17,9 @@
 namespace pyops {
 
 constexpr int kNibbleRow = 128;  // bytes: 8 k of 32 columns
+// A packed panel: a row of steps, and those of the nibbles.
+inline int64_t int4_panel_bytes(int64_t k64) { return (1 + k64 * 8) * kNibbleRow; }
+
 constexpr int kVnniOffset = 16;  // makes q - z, at least -16, unsigned
 constexpr int kMiddle = 8;       // the zero point where there are none
 

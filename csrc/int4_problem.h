@@ -39,9 +39,6 @@ struct Int4Problem : LinearProblem {
 // int4_float.cpp: with x as it is.
 void int4_linear_float(const Int4Problem& p);
 
-// A packed panel: a row of steps, and those of the nibbles.
-inline int64_t int4_panel_bytes(int64_t k64) { return (1 + k64 * 8) * kNibbleRow; }
-
 // The panel whose first row `row` is, with the scales and zero points of `rest`.
 inline Int4Panel panel_of_rows(const uint8_t* row, const Int4Panel& rest) {
   const float* step = reinterpret_cast<const float*>(row);

@@ -208,6 +208,7 @@ void int4_steps(const Int4Args& d) {
   }
   const int64_t k64 = d.quads / 16, group_rows = smaller(d.group_quads, d.quads) / 2;
   const int64_t groups = (d.quads + d.group_quads - 1) / d.group_quads;
+  const int64_t bytes = k64 * kStepRows * kNibbleRow;
   int64_t group[P], left[P];  // rows of the group
   const auto unpack_some = [&](auto rows, int i, int8_t* out) PYOPS_LAMBDA {
 #pragma GCC unroll 8
@@ -222,7 +223,10 @@ void int4_steps(const Int4Args& d) {
   };
   const auto unpack = [&](int slot, int i) PYOPS_LAMBDA {
     if (!d.cached)
-      for (int row = 0; row < kStepRows; row += 4) prefetch_beside(nibbles[i] + row * kNibbleRow);
+      for (int row = 0; row < kStepRows; row += 4) {
+        const uint8_t* at = nibbles[i] + row * kNibbleRow;
+        prefetch_beside<P>(at, args[i]->panel.weight + bytes - at, bytes + kNibbleRow);
+      }
     if (group_rows >= kStepRows) {
       unpack_some(std::integral_constant<int, kStepRows>{}, i, w[slot][i]);
     } else {

@@ -98,7 +98,12 @@ void int4_fused_few(const Int4Args& d) {
       }
     const int64_t rows = smaller(d.group_quads, d.quads - q) / 2;
     for (int64_t row = 0; row < rows; row += 4) {
-      for (int i = 0; i < P; i++) P > 1 ? prefetch_beside(w[i]) : prefetch_nibbles(w[i]);
+      for (int i = 0; i < P; i++) {
+        if (P > 1)
+          prefetch_beside<P>(w[i], ((d.quads - q) / 2 - row) * kNibbleRow, int4_panel_bytes(d.quads / 16));
+        else
+          prefetch_nibbles(w[i]);
+      }
 #pragma GCC unroll 4
       for (int u = 0; u < 4; u++, a += 8 * MR)
 #pragma GCC unroll 3

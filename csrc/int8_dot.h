@@ -82,9 +82,13 @@ PYOPS_INLINE void prefetch_stream(const int8_t* b, uintptr_t step = kPanelStep) 
 }
 
 // For a kernel that reads several panels side by side, at every 512 bytes of each: memory answers several streams
-// faster than one, and fastest if every line is asked for well before its load, which then finds it in L2.
-PYOPS_INLINE void prefetch_beside(const void* b) {
-  for (int i = 0; i < 8; i++) _mm_prefetch(static_cast<const char*>(b) + 2048 + i * 64, _MM_HINT_T1);
+// faster than one, and fastest if every line is asked for well before its load, which then finds it in L2. What follows
+// the last `left` bytes of one of P panels, of `bytes` each, lies behind the others.
+template <int P = 1>
+PYOPS_INLINE void prefetch_beside(const void* b, int64_t left = 0, int64_t bytes = 0) {
+  constexpr int64_t kAhead = 2048;
+  const char* next = static_cast<const char*>(b) + kAhead + (P > 1 && left <= kAhead ? (P - 1) * bytes : 0);
+  for (int i = 0; i < 8; i++) _mm_prefetch(next + i * 64, _MM_HINT_T1);
 }
 
 PYOPS_INLINE void prefetch_ahead(const DotArgs& d, int64_t step, const int8_t* b) {
@@ -253,7 +257,7 @@ void int8_dot_beside(const DotArgs& d) {
   }
   const int8_t* a = d.a;
   for (int64_t k = 0; k < d.end * 16; k += 4, a += 4 * MR * 4) {
-    for (int i = 0; i < P; i++) prefetch_beside(b[i]);
+    for (int i = 0; i < P; i++) prefetch_beside<P>(b[i], (d.end * 16 - k) * kPanelRow, panel_bytes(d.end));
 #pragma GCC unroll 4
     for (int u = 0; u < 4; u++)
 #pragma GCC unroll 3
@@ -382,14 +386,18 @@ inline void int8_dot_beside(const DotArgs& d) {
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
+  const auto prefetch = [&](const int8_t* panel, int64_t k) PYOPS_LAMBDA {
+    for (int i = 0; i < kPanelStep; i += 512)
+      prefetch_beside<2>(panel + i, (d.end - k) * kPanelStep - i, panel_bytes(d.end));
+  };
   for (int64_t k = 0; k < d.end; k++, a += 16 * 64, b += kPanelStep, c += kPanelStep) {
-    for (int i = 0; i < kPanelStep; i += 512) prefetch_beside(b + i);
+    prefetch(b, k);
     _tile_loadd(4, a, 64);
     _tile_loadd(6, b, kPanelRow);
     _tile_dpbssd(0, 4, 6);
     _tile_loadd(7, b + 64, kPanelRow);
     _tile_dpbssd(1, 4, 7);
-    for (int i = 0; i < kPanelStep; i += 512) prefetch_beside(c + i);
+    prefetch(c, k);
     _tile_loadd(6, c, kPanelRow);
     _tile_dpbssd(2, 4, 6);
     _tile_loadd(7, c + 64, kPanelRow);

@@ -14,11 +14,11 @@ namespace pyops {
 
 using StreamFn = void (*)(const float* x, const int8_t* panels, int64_t k64, float* acc);
 
-// At every four rows of each of P panels.
+// At every four rows of each of P panels: see prefetch_beside.
 template <int P>
-PYOPS_INLINE void prefetch_rows(const int8_t* p) {
+PYOPS_INLINE void prefetch_rows(const int8_t* p, int64_t left, int64_t bytes) {
 #if defined(__x86_64__)
-  P > 1 ? prefetch_beside(p) : prefetch_stream(p, 4 * kPanelRow);
+  P > 1 ? prefetch_beside<P>(p, left, bytes) : prefetch_stream(p, 4 * kPanelRow);
 #endif
 }
 
