@@ -66,7 +66,7 @@ class PyopsFreeScales(_Int4Weights):
 class PyopsFloat(_Int4Weights):
     """The same with activations as they are."""
 
-    name, role, devices = "pyops-float", "figure", ("cpu", "cuda")
+    name, role = "pyops-float", "figure"  # on a GPU "pyops" is this
     runs, excluded = 'pyops.nn.Int4Linear(compute="float")', "ours, exact in its activations"
 
     def variants(self, inputs: Inputs) -> dict[str, Callable[..., Instance]]:

@@ -364,9 +364,14 @@ Tensor int4_linear_cpu(Tensor x, Tensor weight, Tensor w_scale, std::optional<Te
   check_on_cpu(op, x, weight, w_scale, {&w_zero, &bias, &residual, &order});
   Int4Problem p{};
   set_sizes(op, x, out_features, p);
-  set_groups(group_size, p);
+  STD_TORCH_CHECK(p.N >= 0 && p.K <= INT32_MAX / (127 * 16), "int4_linear: K=", p.K, " could overflow the int32 sum");
+  STD_TORCH_CHECK(is_group_size(group_size), "int4_linear: group_size is ", group_size,
+                  "; allowed: 32, a multiple of 64, or -1");
+
   p.packed = weight.dim() == 3;
   const int64_t k64 = p.k64(), panels = (p.N + kPanelN - 1) / kPanelN;
+  p.group_quads = group_quads_of(group_size, p.K);
+  p.groups = group_size == -1 ? std::min<int64_t>(p.K, 1) : (p.K + group_size - 1) / group_size;
   const int64_t padded_groups = p.padded_groups();
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Byte, "int4_linear: weight must be uint8");
   STD_TORCH_CHECK(p.packed ? weight.size(0) == panels && weight.size(1) == 1 + 8 * k64 && weight.size(2) == kNibbleRow
@@ -400,17 +405,14 @@ Tensor int4_linear_cpu(Tensor x, Tensor weight, Tensor w_scale, std::optional<Te
       STD_TORCH_CHECK(p.order[k] >= 0 && p.order[k] < p.K, "int4_linear: order[", k, "] is ", p.order[k],
                       "; x has K=", p.K);
   }
-  run_int4_linear(p, compute);
+  if (compute != Compute::int8)
+    int4_linear_float(p);
+  else
+    by_float_type(p.x_type, [&](auto tag) { Int4Linear<typename decltype(tag)::type>(p).run(); });
   return y;
 }
 
 }  // namespace
-
-void run_int4_linear(const Int4Problem& p, Compute compute) {
-  if (compute != Compute::int8) return int4_linear_float(p);
-  by_float_type(p.x_type, [&](auto tag) { Int4Linear<typename decltype(tag)::type>(p).run(); });
-}
-
 }  // namespace pyops
 
 STABLE_TORCH_LIBRARY_IMPL(pyops, CPU, m) { m.impl("int4_linear", TORCH_BOX(&pyops::int4_linear_cpu)); }

@@ -11,8 +11,6 @@
 
 namespace pyops {
 
-constexpr int64_t kMaxInt4K = INT32_MAX / (127 * 16);
-
 inline bool is_group_size(int64_t size) { return size == -1 || size == 32 || (size > 0 && size % 64 == 0); }
 inline int64_t k64_of(int64_t K) { return (K + 63) / 64; }
 // Groups of a packed weight, whose K is padded to 64: how long one is in quads, and how many there are.
@@ -40,18 +38,6 @@ struct Int4Problem : LinearProblem {
 
 // int4_float.cpp: with x as it is.
 void int4_linear_float(const Int4Problem& p);
-
-// M and N are not 0.
-void run_int4_linear(const Int4Problem& p, Compute compute);
-
-// The sizes of groups, of p's K.
-inline void set_groups(int64_t group_size, Int4Problem& p) {
-  STD_TORCH_CHECK(p.N >= 0 && p.K <= kMaxInt4K, "int4_linear: K=", p.K, " could overflow the int32 sum");
-  STD_TORCH_CHECK(is_group_size(group_size), "int4_linear: group_size is ", group_size,
-                  "; allowed: 32, a multiple of 64, or -1");
-  p.group_quads = group_quads_of(group_size, p.K);
-  p.groups = group_size == -1 ? std::min<int64_t>(p.K, 1) : (p.K + group_size - 1) / group_size;
-}
 
 // The panel whose first row `row` is, with the scales and zero points of `rest`.
 inline Int4Panel panel_of_rows(const uint8_t* row, const Int4Panel& rest) {

@@ -106,10 +106,17 @@ const Kernels& select(Isa isa, int64_t M) {
 
 // -------------------------------------------------------------------------------------------------------- launcher
 
+struct Problem : LinearProblem {
+  const int8_t* weight;
+  bool packed;
+  const float *w_scale, *x_scale, *smooth;
+  int64_t x_scales;  // 0 dynamic, 1 one for all, M one a row
+};
+
 template <class T>
 class Int8Linear {
  public:
-  explicit Int8Linear(const Int8Problem& problem)
+  explicit Int8Linear(const Problem& problem)
       : p(problem),
         kernels(select(active_isa(), p.M)),
         k64((p.K + 63) / 64),
@@ -280,7 +287,7 @@ class Int8Linear {
   const T* residual() const { return static_cast<const T*>(p.residual); }
   T* y() const { return static_cast<T*>(p.y); }
 
-  const Int8Problem& p;
+  const Problem& p;
   const Kernels& kernels;
   const int64_t k64, panels;
   const Blocks blocks;
@@ -297,7 +304,7 @@ Tensor int8_linear_cpu(Tensor x, Tensor weight, Tensor w_scale, std::optional<Te
                        std::optional<Tensor> smooth) {
   constexpr const char* op = "int8_linear";
   check_on_cpu(op, x, weight, w_scale, {&bias, &residual, &x_scale, &smooth});
-  Int8Problem p{};
+  Problem p{};
   set_sizes(op, x, w_scale.numel(), p);
   p.packed = check_int8_weight(op, weight, w_scale, p);
   Tensor y = empty_result(x, p.N);
@@ -320,16 +327,11 @@ Tensor int8_linear_cpu(Tensor x, Tensor weight, Tensor w_scale, std::optional<Te
     smooth = as_contiguous(*smooth);
     p.smooth = static_cast<const float*>(smooth->const_data_ptr());
   }
-  run_int8_linear(p);
+  by_float_type(p.x_type, [&](auto tag) { Int8Linear<typename decltype(tag)::type>(p).run(); });
   return y;
 }
 
 }  // namespace
-
-void run_int8_linear(const Int8Problem& p) {
-  by_float_type(p.x_type, [&](auto tag) { Int8Linear<typename decltype(tag)::type>(p).run(); });
-}
-
 }  // namespace pyops
 
 STABLE_TORCH_LIBRARY_IMPL(pyops, CPU, m) { m.impl("int8_linear", TORCH_BOX(&pyops::int8_linear_cpu)); }

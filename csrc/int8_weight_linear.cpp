@@ -127,26 +127,21 @@ Tensor int8_weight_linear_cpu(Tensor x, Tensor weight, Tensor w_scale, std::opti
                               std::optional<Tensor> residual, Activation activation) {
   constexpr const char* op = "int8_weight_linear";
   check_on_cpu(op, x, weight, w_scale, {&bias, &residual});
-  Int8Problem p{};
+  LinearProblem p{};
   set_sizes(op, x, w_scale.numel(), p);
-  p.packed = check_int8_weight(op, weight, w_scale, p);
+  const bool packed = check_int8_weight(op, weight, w_scale, p);
   Tensor y = empty_result(x, p.N);
   load_shared(op, x, bias, residual, y, activation, p);
   if (p.M == 0 || p.N == 0) return y;
   weight = as_contiguous(weight);
   w_scale = as_contiguous(w_scale);
-  p.weight = static_cast<const int8_t*>(weight.const_data_ptr());
-  p.w_scale = static_cast<const float*>(w_scale.const_data_ptr());
-  run_int8_weight_linear(p);
+  const Int8Weight panels_of(static_cast<const int8_t*>(weight.const_data_ptr()), packed,
+                             static_cast<const float*>(w_scale.const_data_ptr()), p.N, p.K);
+  float_linear(p, panels_of);
   return y;
 }
 
 }  // namespace
-
-void run_int8_weight_linear(const Int8Problem& p) {
-  float_linear(p, Int8Weight(p.weight, p.packed, p.w_scale, p.N, p.K));
-}
-
 }  // namespace pyops
 
 STABLE_TORCH_LIBRARY_IMPL(pyops, CPU, m) { m.impl("int8_weight_linear", TORCH_BOX(&pyops::int8_weight_linear_cpu)); }

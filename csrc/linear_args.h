@@ -17,22 +17,6 @@ struct LinearProblem {
   Activation activation;
 };
 
-constexpr int64_t kMaxInt8K = INT32_MAX / (127 * 128);  // else an int32 sum could overflow
-
-inline int64_t panels_of(int64_t N) { return (N + kPanelN - 1) / kPanelN; }
-
-// int8_linear and int8_weight_linear, whose rows are as they are.
-struct Int8Problem : LinearProblem {
-  const int8_t* weight;
-  bool packed;
-  const float *w_scale, *x_scale, *smooth;
-  int64_t x_scales;  // 0 dynamic, 1 one for all, M one a row
-};
-
-// Each in the .cpp of its name. M and N are not 0.
-void run_int8_linear(const Int8Problem& p);
-void run_int8_weight_linear(const Int8Problem& p);
-
 inline void check_float_type(ScalarType type, const char* op, const char* argument) {
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, op, ": ",
                   argument, " must be fp32, bf16 or fp16");
@@ -82,7 +66,7 @@ inline bool check_int8_weight(const char* op, const Tensor& weight, const Tensor
   const bool packed = weight.dim() == 3;
   const int64_t k64 = (p.K + 63) / 64, panels = (p.N + kPanelN - 1) / kPanelN;
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char, op, ": weight must be int8");
-  STD_TORCH_CHECK(p.K <= kMaxInt8K, op, ": K=", p.K, " could overflow an int32 sum");
+  STD_TORCH_CHECK(p.K <= INT32_MAX / (127 * 128), op, ": K=", p.K, " could overflow an int32 sum");
   STD_TORCH_CHECK(packed ? weight.size(0) == panels && weight.size(1) == 1 + 16 * k64 && weight.size(2) == kPanelRow
                          : weight.dim() == 2 && weight.size(0) == p.N && weight.size(1) == p.K,
                   op, ": weight does not fit N=", p.N, " (w_scale) and K=", p.K, " (x)");

@@ -12,9 +12,6 @@ void bind(py::module_& m);  // optim_python.cpp
 namespace pyops::adafactor {
 void bind(py::module_& m);  // adafactor_python.cpp
 }
-namespace pyops::linear {
-void bind(py::module_& m);  // linear_python.cpp
-}
 namespace pyops::sparse {
 void bind(py::module_& m);  // sparse_conv2d_python.cpp
 }
@@ -44,7 +41,6 @@ PYBIND11_MODULE(_C, m) {
       "Ask for 2 MiB pages under a buffer that will be streamed, filled already or not");
   pyops::optim::bind(m);
   pyops::adafactor::bind(m);
-  pyops::linear::bind(m);
   pyops::sparse::bind(m);
   m.def("build_info", [] {
     py::dict info;

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyops import backend
 from pyops.memory import has_values
 from pyops.nn.linear import Layout, QuantLinear, Tensors, canonical_tensor
 from pyops.nn.state import wrong_type
@@ -231,24 +230,6 @@ class Int4Linear(QuantLinear):
             self.out_features,
             tensors["input_order"],
             compute,
-        )
-
-    def _direct(self, x, tensors, bias):
-        if tensors["input_order"] is not None:
-            return None
-        if self._native is None:
-            self._native = backend.native.Int4Layer()
-        return self._native(
-            x,
-            tensors["_weight"],
-            tensors["_weight_scale"],
-            tensors["_weight_zero"],
-            bias,
-            self.out_features,
-            self.in_features,
-            self.activation,
-            self.group_size,
-            "int8" if self.compute == "auto" else self.compute,
         )
 
     def _check(self, x, tensors, bias, residual):

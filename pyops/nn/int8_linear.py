@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyops import backend
 from pyops.memory import has_values
 from pyops.nn.effective import effective
 from pyops.nn.linear import Layout, QuantLinear, Tensors, canonical_tensor
@@ -169,22 +168,6 @@ class Int8Linear(QuantLinear):
         # The scales were looked at when they were loaded.
         more = (tensors["input_scale"], tensors["smooth"])
         return dispatch(x, weight, w_scale, bias, residual, self.activation, *more)
-
-    def _direct(self, x, tensors, bias):
-        if self._native is None:
-            self._native = backend.native.Int8Layer()
-        return self._native(
-            x,
-            tensors["_weight"],
-            tensors["weight_scale"],
-            bias,
-            tensors["input_scale"],
-            tensors["smooth"],
-            self.out_features,
-            self.in_features,
-            self.activation,
-            self.mode == "weight_only",
-        )
 
     def _check(self, x, tensors, bias, residual):
         more = (tensors["input_scale"], tensors["smooth"])

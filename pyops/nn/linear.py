@@ -19,7 +19,7 @@ from pyops.memory import chunks, has_values, put_on_huge_pages
 from pyops.nn.effective import effective, trainable
 from pyops.nn.state import check_entry, foreign_keys, load_hooks_run, own_keys, wrong_type, wrong_value
 from pyops.ops.epilogue import check_activation
-from pyops.ops.linear_shared import FLOAT_DTYPES, KERNELS_CHECK, compiling
+from pyops.ops.int8_linear import FLOAT_DTYPES
 from pyops.sizes import ceil_div
 
 if TYPE_CHECKING:
@@ -61,8 +61,6 @@ class QuantLinear(nn.Module):
     out_features: int
     activation: str
     bias: torch.Tensor | None
-    _native: Any = None
-    """What `_direct` calls, once it was called; for this process alone."""
 
     def __init__(self, in_features: int, out_features: int, activation: str) -> None:
         """The sizes; a subclass then sets what its `layout` depends on and calls `_make`."""
@@ -180,10 +178,6 @@ class QuantLinear(nn.Module):
         """The op on checked arguments; `tensors` are the buffers."""
         raise NotImplementedError
 
-    def _direct(self, x: Any, tensors: Tensors, bias: torch.Tensor | None) -> torch.Tensor | None:
-        """What `_call` returns, past the dispatcher; None if the call is not plain (csrc/linear_python.cpp)."""
-        return None
-
     def _check(
         self, x: torch.Tensor, tensors: Tensors, bias: torch.Tensor | None, residual: torch.Tensor | None
     ) -> None:
@@ -202,10 +196,6 @@ class QuantLinear(nn.Module):
         buffers, parameters = self._buffers, self._parameters
         # Not get("bias", self.bias), which would look up the attribute always; it is one where the bias is pruned.
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
-        if KERNELS_CHECK and residual is None and not compiling():
-            y = self._direct(x, buffers, bias)
-            if y is not None:
-                return y
         if (
             residual is not None
             or not isinstance(x, torch.Tensor)
@@ -302,7 +292,7 @@ class QuantLinear(nn.Module):
         # Same process, same kernels: the packed form is copied as it is, not through __getstate__.
         new = self.__new__(type(self))
         memo[id(self)] = new
-        new.__dict__ = copy.deepcopy(self._state(), memo)
+        new.__dict__ = copy.deepcopy(super().__getstate__(), memo)  # without what .compile() made for this one
         for t in new._held().values():
             if t is not None:
                 put_on_huge_pages(t)
@@ -311,11 +301,7 @@ class QuantLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A pickle is canonical: the machine that loads it may want another form.
         canonical = {self._key(name): t for name, t in self._canonical().items()}
-        return {**self._state(), "_buffers": {**self._buffers, **canonical}}
-
-    def _state(self) -> dict[str, Any]:
-        """The instance, without what `.compile()` and the first call made for it."""
-        return {name: value for name, value in super().__getstate__().items() if name != "_native"}
+        return {**super().__getstate__(), "_buffers": {**self._buffers, **canonical}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

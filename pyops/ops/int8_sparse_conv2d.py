@@ -36,9 +36,9 @@ from torch.autograd import forward_ad
 from pyops.ops.epilogue import activation_backward, epilogue_ref
 from pyops.ops.int8_linear import FLOAT_DTYPES, MAX_K, QMAX, check_x_scale, quantize_int8, quantize_rows_ref
 from pyops.ops.linear_shared import as_scale
-from pyops.ops.registry import register
+from pyops.ops.registry import refuse_tangents, register
 from pyops.ops.sparse_checks import check_args, check_padding, check_pair
-from pyops.ops.sparse_conv2d import empty_y, fake_conv2d, padded, refuse_tangents
+from pyops.ops.sparse_conv2d import empty_y, fake_conv2d, padded
 from pyops.ops.sparse_packed import PackedCache
 from pyops.ops.sparse_weight import PATTERNS, Ints, SparseWeight, gather_blocks, scatter_blocks
 
@@ -273,7 +273,7 @@ def with_packed(
     if torch.compiler.is_compiling():
         return _op(*args)
     if forward_ad._current_level >= 0:
-        refuse_tangents(x, bias, residual)
+        refuse_tangents("sparse convolution", x, bias, residual)
     if torch._C._are_functorch_transforms_active():
         return _op(*args)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, residual)):

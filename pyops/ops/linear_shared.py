@@ -15,8 +15,7 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of x, bias and residual."""
 KERNELS_CHECK = backend.native is not None and backend.forced in (None, "cpp")
 """The kernels for CPU tensors are those in C++, which check their arguments themselves."""
-compiling = torch.compiler.is_compiling
-"""Looked up once: an attribute of an attribute costs as much as what it then answers."""
+_compiling = torch.compiler.is_compiling
 
 # -------------------------------------------------------------------------------------------------------------- checks
 
@@ -46,7 +45,7 @@ def call_checked(dispatch: Callable, check_args: Callable, args: tuple, checked_
     `checked_by_kernel`: what the C++ kernel would take is what `check_args` lets pass. Then nothing is asked
     beforehand, which takes as long as the call of a small layer, and only what failed is asked to say why.
     """
-    if checked_by_kernel and KERNELS_CHECK and type(args[0]) is torch.Tensor and args[0].is_cpu and not compiling():
+    if checked_by_kernel and KERNELS_CHECK and type(args[0]) is torch.Tensor and args[0].is_cpu and not _compiling():
         try:
             return dispatch(*args)
         except Exception:

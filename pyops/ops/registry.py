@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 from pyops import backend
 
@@ -49,6 +50,12 @@ def register(
     return getattr(torch.ops.pyops, name).default
 
 
+def refuse_tangents(what: str, *tensors: torch.Tensor | None) -> None:
+    """Raise NotImplementedError if one of them carries a tangent, which PyTorch would lose without a word."""
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(f"{what} has no forward-mode derivative (jvp); use backward")
+
+
 def past_autograd(
     op: torch._ops.OpOverload, setup_context: Callable, backward: Callable, differentiable: tuple[int, ...]
 ) -> Callable:
@@ -62,6 +69,7 @@ def past_autograd(
     # Looked up once: an attribute of an attribute costs as much as what it then answers.
     compiling, transforming = torch.compiler.is_compiling, torch._C._are_functorch_transforms_active
     below_autograd, grad_enabled = torch._C._AutoDispatchBelowAutograd, torch.is_grad_enabled
+    inference = torch.is_inference_mode_enabled
 
     class _Function(torch.autograd.Function):
         @staticmethod
@@ -74,7 +82,11 @@ def past_autograd(
         backward = staticmethod(formula)
 
     def dispatch(*args):
-        if compiling() or transforming():
+        if compiling():
+            return op(*args)
+        if forward_ad._current_level >= 0:
+            refuse_tangents(op._opname, *(args[i] for i in differentiable))
+        if transforming() or inference():  # inference mode is below autograd by itself
             return op(*args)
         if grad_enabled():
             for i in differentiable:

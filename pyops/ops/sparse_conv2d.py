@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from pyops.ops.epilogue import activation_backward, epilogue_ref
-from pyops.ops.registry import library, register
+from pyops.ops.registry import library, refuse_tangents, register
 from pyops.ops.sparse_checks import check_args, check_linear_args, check_padding, check_pair, check_weight
 from pyops.ops.sparse_packed import PACKED_DTYPES, PackedCache, is_channels_last, is_plain
 from pyops.ops.sparse_weight import Ints, SparseWeight, block_rows, gather_blocks, scatter_blocks
@@ -506,12 +506,6 @@ class _Function(torch.autograd.Function):
 _profiling = torch.autograd._profiler_enabled
 
 
-def refuse_tangents(*tensors: torch.Tensor | None) -> None:
-    """Raise NotImplementedError if one of them carries a tangent, which would be lost."""
-    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError("sparse convolution has no forward-mode derivative (jvp); use backward")
-
-
 def dispatch(
     x,
     values,
@@ -534,7 +528,7 @@ def dispatch(
     if torch.compiler.is_compiling():
         return _op(*args)
     if forward_ad._current_level >= 0:
-        refuse_tangents(x, values, bias, residual)
+        refuse_tangents("sparse convolution", x, values, bias, residual)
     if torch._C._are_functorch_transforms_active():
         return _op(*args)
     if torch.is_grad_enabled() and (
