@@ -122,6 +122,48 @@ PYOPS_INLINE void multiply_16(Operands& at, int64_t k) {
     }
 }
 
+// Up to 16 rows and P panels side by side, all of K: `unpack(step, panel, w)` makes w of 32 k of a panel, in L1, while
+// the 32 before multiply. a [steps][parts][rows][32 k] for tiles of as many rows; acc [P][16][32].
+template <int PARTS, int P, class Unpack>
+PYOPS_INLINE void float_dot_beside(const int8_t* a, int rows, int64_t steps, float* acc, const Unpack& unpack) {
+  alignas(64) int8_t w[2][P][16 * kPanelRow];
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int i = 0; i < P; i++) unpack(0, i, w[0][i]);
+  for (int64_t step = 1; step <= steps; step++, a += PARTS * rows * 64) {
+    const int8_t* b = w[(step - 1) % 2][0];
+    if (step < steps) unpack(step, 0, w[step % 2][0]);
+    finish_stores();
+    _tile_loadd(6, b, kPanelRow);
+    _tile_loadd(7, b + 64, kPanelRow);
+#pragma GCC unroll 3
+    for (int p = 0; p < PARTS; p++) {
+      _tile_loadd(4, a + p * rows * 64, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (P == 2) {
+      if (step < steps) unpack(step, 1, w[step % 2][1]);
+      _tile_loadd(6, b + 16 * kPanelRow, kPanelRow);
+      _tile_loadd(7, b + 16 * kPanelRow + 64, kPanelRow);
+#pragma GCC unroll 3
+      for (int p = 0; p < PARTS; p++) {
+        _tile_loadd(5, a + p * rows * 64, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+  }
+  _tile_stored(0, acc, kSumsRow);
+  _tile_stored(1, acc + 16, kSumsRow);
+  if constexpr (P == 2) {
+    _tile_stored(2, acc + 16 * kPanelN, kSumsRow);
+    _tile_stored(3, acc + 16 * kPanelN + 16, kSumsRow);
+  }
+}
+
 PYOPS_INLINE void zero_sums() {
   _tile_zero(0);
   _tile_zero(1);

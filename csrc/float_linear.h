@@ -113,6 +113,10 @@ class FloatLinear {
       for (int64_t m = begin; m < end; m++) find_scale(m);
     });
     if (!amx && p.M <= weight.stream_rows()) return run_stream();
+#if defined(__x86_64__)
+    if constexpr (Weight::kBesideRows > 0)
+      if (amx && p.M <= Weight::kBesideRows) return run_beside();
+#endif
     // The sums of a block wait for all of K: with very many columns, a block gets fewer rows.
     const int64_t fit = std::min(kFloatBlock / std::max<int64_t>(tile_k() * row_bytes(), 1) / 32 * 32, kMostRows);
     const int64_t most = std::max<int64_t>(kMostAcc / (panels * kPanelN * 4) / 32 * 32, 32);
@@ -254,16 +258,39 @@ class FloatLinear {
   }
 
 #if defined(__x86_64__)
+  // Few rows with AMX, on panels that are unpacked beside their products.
+  void run_beside() {
+    thread_local Scratch rows_scratch;
+    const int64_t steps = (p.K + 31) / 32, part = p.M * 64;
+    int8_t* a = rows_scratch.get(steps * kParts<T> * part);
+    in_parallel(p.M, p.K * 2.0 + 20, [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; m++) lay_out_row(m, 0, p.K, part, a + m * 64);
+    });
+    const auto work = [&](int64_t begin, int64_t end) {
+      alignas(64) float acc[2 * Weight::kBesideRows * kPanelN];
+      for (int64_t i = begin; i < end;) {
+        const int count = i + 2 <= end ? 2 : 1;
+        weight.template multiply_beside<kParts<T>>(i, count, a, static_cast<int>(p.M), steps, acc);
+        for (int j = 0; j < count; j++, i++) finish(i, 0, p.M, acc + j * Weight::kBesideRows * kPanelN);
+      }
+      if (past_cache) kernels.fence();
+    };
+    in_parallel(panels, kPanelN * double(p.K) / 8 + 100, [&](int64_t begin, int64_t end) {
+      amx::with_tiles([&] { work(begin, end); }, amx::shapes_of_rows(p.M));
+    });
+  }
+
   PYOPS_TARGET_BEGIN_AMX_BF16
+  __attribute__((noinline)) void lay_out_row(int64_t m, int64_t k, int64_t count, int64_t part, int8_t* to) const {
+    const T* x = row(m) + k;
+    for (int64_t c = 0; c < count; c += 32, to += kParts<T> * part)
+      amx::split_parts(x + c, static_cast<int>(std::min<int64_t>(count - c, 32)), scale[m], to, part);
+  }
+
   __attribute__((noinline)) void lay_out_parts(int64_t m, int64_t rows, int64_t padded, int64_t k, int64_t count,
                                                int8_t* out) const {
     const int64_t part = padded * 64;
-    for (int64_t r = 0; r < rows; r++) {
-      const T* x = row(m + r) + k;
-      int8_t* to = out + r * 64;
-      for (int64_t c = 0; c < count; c += 32, to += kParts<T> * part)
-        amx::split_parts(x + c, static_cast<int>(std::min<int64_t>(count - c, 32)), scale[m + r], to, part);
-    }
+    for (int64_t r = 0; r < rows; r++) lay_out_row(m + r, k, count, part, out + r * 64);
     for (int64_t r = rows; r < padded; r++) {
       int8_t* to = out + r * 64;
       for (int64_t c = 0; c < (count + 31) / 32 * kParts<T>; c++, to += part) std::memset(to, 0, 64);

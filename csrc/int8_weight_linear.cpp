@@ -34,7 +34,7 @@ namespace {
 PYOPS_TARGET_BEGIN_AVX512
 // `quads` rows of a packed panel → w [k/2][32 n][2 k] bf16, times kQuadScale. The integers are exact in 8 bits, so that
 // the lower halves of their floats are zero.
-void unpack_bf16(const int8_t* panel, int64_t quads, int8_t* w) {
+PYOPS_INLINE void unpack_rows_bf16(const int8_t* panel, int64_t quads, int8_t* w) {
   for (int64_t q = 0; q < quads; q++, panel += kPanelRow, w += 2 * kPanelRow)
 #pragma GCC unroll 2
     for (int half = 0; half < kPanelRow; half += 64) {
@@ -46,6 +46,21 @@ void unpack_bf16(const int8_t* panel, int64_t quads, int8_t* w) {
         _mm512_store_si512(w + i * kPanelRow + half, _mm512_or_si512(_mm512_srli_epi32(even, 16), odd));
       }
     }
+}
+void unpack_bf16(const int8_t* panel, int64_t quads, int8_t* w) { unpack_rows_bf16(panel, quads, w); }
+PYOPS_TARGET_END
+
+PYOPS_TARGET_BEGIN_AMX_BF16
+// P panels from `panel` on.
+template <int PARTS, int P>
+void multiply_beside(const int8_t* panel, int64_t k64, const int8_t* a, int rows, int64_t steps, float* acc) {
+  constexpr int kStep = 8 * kPanelRow;  // bytes of 32 k
+  const int64_t bytes = panel_bytes(k64);
+  amx::float_dot_beside<PARTS, P>(a, rows, steps, acc, [&](int64_t step, int i, int8_t* w) PYOPS_LAMBDA {
+    const int8_t* from = panel + i * bytes + kPanelRow + step * kStep;
+    for (int at = 0; at < kStep; at += 512) prefetch_beside<P>(from + at, (k64 * 2 - step) * kStep - at, bytes);
+    unpack_rows_bf16(from, 8, w);
+  });
 }
 PYOPS_TARGET_END
 #else
@@ -79,6 +94,7 @@ class Int8Weight {
  public:
   static constexpr int kExponent = 24;  // kQuadScale
   static constexpr bool kGrouped = false;
+  static constexpr int kBesideRows = 16;  // of AMX
 
   // A canonical `weight` [N, K] is packed here, into scratch.
   Int8Weight(const int8_t* weight, bool packed, const float* w_scale, int64_t N, int64_t K)
@@ -108,6 +124,13 @@ class Int8Weight {
   void unpack_bf16(int64_t panel, int64_t k, int64_t count, int8_t* w, float*) const {
     pyops::unpack_bf16(at(panel, k), (count + 31) / 32 * 8, w);
   }
+#if defined(__x86_64__)
+  template <int PARTS>
+  void multiply_beside(int64_t panel, int count, const int8_t* a, int rows, int64_t steps, float* acc) const {
+    const int8_t* from = panels + panel * panel_bytes(k64);
+    (count > 1 ? pyops::multiply_beside<PARTS, 2> : pyops::multiply_beside<PARTS, 1>)(from, k64, a, rows, steps, acc);
+  }
+#endif
   void column_scales(int64_t panel, int columns, float* s) const {
     load_columns(w_scale, ScalarType::Float, panel * kPanelN, columns, s);
   }
