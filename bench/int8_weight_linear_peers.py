@@ -32,6 +32,24 @@ class Pyops(Int8Weights):
         return {"": build}
 
 
+class PyopsBf16(Int8Weights):
+    """The same in a bf16 model, which is what torch-bf16 computes."""
+
+    name, role = "pyops-bf16", "figure"  # on a GPU "pyops" is this
+    runs, excluded = 'pyops.nn.Int8Linear(mode="weight_only"), bf16 activations', "ours, bf16 rows instead of fp32"
+
+    def variants(self, inputs: Inputs) -> dict[str, Callable[..., Instance]]:
+        from pyops.nn import Int8Linear
+
+        x = inputs["x"].bfloat16()
+
+        def build() -> Instance:
+            module = Int8Linear.from_float(float_linear(inputs, torch.float32), mode="weight_only").bfloat16()
+            return Instance(lambda: module(x))
+
+        return {"": build}
+
+
 class PyopsDynamic(Int8Weights):
     """What the same layer takes if it quantizes x."""
 
@@ -105,6 +123,7 @@ class OpenVinoWeightOnly(Int8OpenVino):
 
 PEERS: list[type[Peer]] = [
     Pyops,
+    PyopsBf16,
     PyopsDynamic,
     TorchFp32,
     TorchBf16,

@@ -33,7 +33,7 @@ void int8_panel(const int8_t* panel, const float* scale, int64_t K, int cols, T*
 // Calls fill(panel, columns, T*) for every panel of a result [N, K] of dtype, in parallel.
 template <class F>
 Tensor by_panels(int64_t N, int64_t K, ScalarType dtype, const char* op, const F& fill) {
-  const int64_t sizes[] = {N, K}, panels = (N + kPanelN - 1) / kPanelN;
+  const int64_t sizes[] = {N, K}, panels = panels_of(N);
   Tensor out = empty_cpu(sizes, 2, dtype);
   const auto run = [&](auto* data) {
     in_parallel(panels, kPanelN * double(K), [&](int64_t begin, int64_t end) {
@@ -50,7 +50,7 @@ Tensor by_panels(int64_t N, int64_t K, ScalarType dtype, const char* op, const F
 
 Tensor int4_dequantize_cpu(Tensor weight, Tensor w_scale, std::optional<Tensor> w_zero, int64_t group_size, int64_t N,
                            int64_t K, ScalarType dtype) {
-  const int64_t k64 = k64_of(K), panels = (N + kPanelN - 1) / kPanelN;
+  const int64_t k64 = k64_of(K), panels = panels_of(N);
   STD_TORCH_CHECK(N >= 0 && K >= 0 && is_group_size(group_size), "int4_dequantize: N=", N, ", K=", K,
                   " or group_size=", group_size, " is none");
   const int64_t group_quads = group_quads_of(group_size, K), groups = padded_groups_of(group_quads, K);
@@ -76,7 +76,7 @@ Tensor int4_dequantize_cpu(Tensor weight, Tensor w_scale, std::optional<Tensor> 
 }
 
 Tensor int8_dequantize_cpu(Tensor weight, Tensor w_scale, int64_t K, ScalarType dtype) {
-  const int64_t N = w_scale.numel(), k64 = (K + 63) / 64, panels = (N + kPanelN - 1) / kPanelN;
+  const int64_t N = w_scale.numel(), k64 = (K + 63) / 64, panels = panels_of(N);
   STD_TORCH_CHECK(w_scale.is_cpu() && w_scale.scalar_type() == ScalarType::Float && w_scale.dim() == 1,
                   "int8_dequantize: w_scale must be [N] of float32");
   STD_TORCH_CHECK(K >= 0 && weight.is_cpu() && weight.scalar_type() == ScalarType::Char && weight.dim() == 3 &&

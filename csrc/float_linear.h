@@ -19,6 +19,8 @@
 //   unpack(panel, k, count, w)                 k … k + count → fp32 [count][32], up to a multiple of 32
 //   unpack_bf16(panel, k, count, w, scale)     the same → bf16 [count/2][32 n][2 k], and scales of groups [groups][32]
 //   column_scales(panel, columns, s)           s_w, zeros up to 32
+//   kBesideRows          up to so many rows (at most 16), AMX unpacks panels beside their products; 0: never. Then also
+//   multiply_beside<parts>(panel, count, a, rows, steps, acc)   1 or kAmxBeside panels: float_dot_beside (float_dot.h)
 #pragma once
 
 #include <algorithm>
@@ -34,7 +36,8 @@
 
 namespace pyops {
 constexpr int kMostStreamRows = 4, kMostBeside = 3;  // rows and panels that a streaming kernel takes at once
-}
+constexpr int kAmxBeside = 2;                        // panels that AMX takes at once
+}  // namespace pyops
 
 #define PYOPS_ISA_FILE "float_linear.inc"
 #include "for_each_isa.h"
@@ -101,7 +104,7 @@ class FloatLinear {
         typed(std::get<FloatTypeKernels<T>>(kernels.types)),
         amx(amx_multiplies_bf16() && p.M >= kAmxFrom<T>),
         k64((p.K + 63) / 64),
-        panels((p.N + kPanelN - 1) / kPanelN),
+        panels(panels_of(p.N)),
         past_cache(p.K >= kPastCacheMinK && p.M * p.N * int64_t(sizeof(T)) >= kPastCacheBytes &&
                    whole_lines(static_cast<T*>(p.y), p.N)) {}
 
@@ -267,9 +270,9 @@ class FloatLinear {
       for (int64_t m = begin; m < end; m++) lay_out_row(m, 0, p.K, part, a + m * 64);
     });
     const auto work = [&](int64_t begin, int64_t end) {
-      alignas(64) float acc[2 * Weight::kBesideRows * kPanelN];
+      alignas(64) float acc[kAmxBeside * Weight::kBesideRows * kPanelN];
       for (int64_t i = begin; i < end;) {
-        const int count = i + 2 <= end ? 2 : 1;
+        const int count = i + kAmxBeside <= end ? kAmxBeside : 1;
         weight.template multiply_beside<kParts<T>>(i, count, a, static_cast<int>(p.M), steps, acc);
         for (int j = 0; j < count; j++, i++) finish(i, 0, p.M, acc + j * Weight::kBesideRows * kPanelN);
       }

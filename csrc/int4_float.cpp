@@ -96,7 +96,7 @@ class Int4Weight {
       : p(problem), kernels(select()), all{p.weight, p.scale, p.scale_type, p.zero, nullptr} {
     if (p.packed) return;
     thread_local Scratch w, scale, zero;
-    const int64_t panels = (p.N + kPanelN - 1) / kPanelN, groups = panels * p.padded_groups() * kPanelN;
+    const int64_t panels = panels_of(p.N), groups = panels * p.padded_groups() * kPanelN;
     all.weight = reinterpret_cast<uint8_t*>(w.get(panels * int4_panel_bytes(p.k64())));
     all.scale = scale.get(groups * sizeof(float));
     if (p.zero) all.zero = reinterpret_cast<uint8_t*>(zero.get(groups));

@@ -41,7 +41,7 @@ class Int4Linear {
         k64(p.k64()),
         quads(k64 * 16),
         padded_groups(p.padded_groups()),
-        panels((p.N + kPanelN - 1) / kPanelN),
+        panels(panels_of(p.N)),
         blocks(p.M, k64, kernels.max_rows),
         tile_bytes((kernels.tiles ? kDotMaxRows : kernels.max_rows) * k64 * 64),
         range_quads(p.group_quads >= kRangeQuads ? smaller(p.group_quads, quads)
@@ -369,7 +369,7 @@ Tensor int4_linear_cpu(Tensor x, Tensor weight, Tensor w_scale, std::optional<Te
                   "; allowed: 32, a multiple of 64, or -1");
 
   p.packed = weight.dim() == 3;
-  const int64_t k64 = p.k64(), panels = (p.N + kPanelN - 1) / kPanelN;
+  const int64_t k64 = p.k64(), panels = panels_of(p.N);
   p.group_quads = group_quads_of(group_size, p.K);
   p.groups = group_size == -1 ? std::min<int64_t>(p.K, 1) : (p.K + group_size - 1) / group_size;
   const int64_t padded_groups = p.padded_groups();

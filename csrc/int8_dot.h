@@ -21,6 +21,7 @@ constexpr int kPanelRow = 128;              // bytes of a panel's row
 constexpr int kPanelStep = 16 * kPanelRow;  // bytes for 64 k
 constexpr int kDotMaxRows = 32;
 
+inline int64_t panels_of(int64_t n) { return (n + kPanelN - 1) / kPanelN; }
 inline int64_t panel_bytes(int64_t k64) { return kPanelRow + k64 * kPanelStep; }
 
 // Work of another kind that an AMX kernel does between its steps: the vector units are idle while tiles multiply.

@@ -120,7 +120,7 @@ class Int8Linear {
       : p(problem),
         kernels(select(active_isa(), p.M)),
         k64((p.K + 63) / 64),
-        panels((p.N + kPanelN - 1) / kPanelN),
+        panels(panels_of(p.N)),
         blocks(p.M, k64, kernels.max_rows),
         tile_bytes((kernels.tiles ? kDotMaxRows : kernels.max_rows) * k64 * 64),
         past_cache(p.K >= kPastCacheMinK && p.M * p.N * int64_t(sizeof(T)) >= kPastCacheBytes &&

@@ -101,7 +101,7 @@ class Int8Weight {
       : kernels(select()), panels(weight), w_scale(w_scale), k64((K + 63) / 64) {
     if (packed) return;
     thread_local Scratch scratch;
-    const int64_t count = (N + kPanelN - 1) / kPanelN;
+    const int64_t count = panels_of(N);
     int8_t* out = scratch.get(count * panel_bytes(k64));
     in_parallel(count, kPanelN * double(K), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++)

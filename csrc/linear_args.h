@@ -64,7 +64,7 @@ inline Tensor empty_result(const Tensor& x, int64_t N) {
 // Whether an int8 weight is packed, after the checks of it and its scales.
 inline bool check_int8_weight(const char* op, const Tensor& weight, const Tensor& w_scale, const LinearProblem& p) {
   const bool packed = weight.dim() == 3;
-  const int64_t k64 = (p.K + 63) / 64, panels = (p.N + kPanelN - 1) / kPanelN;
+  const int64_t k64 = (p.K + 63) / 64, panels = panels_of(p.N);
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char, op, ": weight must be int8");
   STD_TORCH_CHECK(p.K <= INT32_MAX / (127 * 128), op, ": K=", p.K, " could overflow an int32 sum");
   STD_TORCH_CHECK(packed ? weight.size(0) == panels && weight.size(1) == 1 + 16 * k64 && weight.size(2) == kPanelRow

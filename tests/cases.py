@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyops import backend, ops
 from pyops.ops import optim_codec
@@ -355,3 +356,15 @@ OP_SAMPLES: dict[str, Callable[[bool], list[tuple]]] = {
 # (M, N, K) that a CPU matmul cuts: two blocks of rows; more blocks than a wave holds; K in slices of 1024 and a rest;
 # results of 4 MiB and more in whole cache lines and not.
 BLOCKED = [(700, 64, 2048), (9000, 48, 70), (1040, 1040, 640), (600, 40, 40000), (520, 2064, 1100)]
+
+
+class Recorder(TorchDispatchMode):
+    """The ops that were dispatched while it was on, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))

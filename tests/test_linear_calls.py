@@ -6,11 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import randn
+from cases import Recorder, randn
 from torch import nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyops.nn import Fp8Linear, Int4Linear, Int8Linear
 
@@ -27,16 +26,6 @@ WITHOUT_GRADIENTS = [torch.no_grad, torch.inference_mode]
 def kind(request):
     name, make = KINDS[request.param]
     return name, make(nn.Linear(70, 45)).requires_grad_(False)
-
-
-class Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("without", WITHOUT_GRADIENTS)

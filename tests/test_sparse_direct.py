@@ -8,10 +8,9 @@ import cases
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import randn, sparse_weight
+from cases import Recorder, randn, sparse_weight
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyops import ops
 from pyops.nn import Int8SparseConv2d, SparseConv2d
@@ -66,18 +65,11 @@ def test_a_default_device_is_not_where_the_result_goes():
 
 
 def test_dispatch_modes_and_traces_see_the_op():
-    seen = []
-
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(str(func))
-            return func(*args, **(kwargs or {}))
-
     weight, x = sparse_weight(6, 4, 3, 3), randn(2, 4, 8, 9)
     ops.sparse_conv2d(x, weight)
-    with Recorder():
+    with Recorder() as recorder:
         ops.sparse_conv2d(x, weight)
-    assert "pyops.sparse_conv2d.default" in seen
+    assert "pyops.sparse_conv2d.default" in recorder.seen
     graph = make_fx(lambda t: ops.sparse_conv2d(t, weight))(x)
     weight.values.zero_()
     assert not graph(x).any(), "the weight's values of the time of tracing are not in the graph"
