@@ -131,11 +131,12 @@ PYOPS_INLINE void float_dot_beside(const int8_t* a, int rows, int64_t steps, flo
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int i = 0; i < P; i++) unpack(0, i, w[0][i]);
+  for (int i = 0; i < P && steps > 0; i++) unpack(0, i, w[0][i]);
   for (int64_t step = 1; step <= steps; step++, a += PARTS * rows * 64) {
     const int8_t* b = w[(step - 1) % 2][0];
+    order_tile_loads();
     if (step < steps) unpack(step, 0, w[step % 2][0]);
-    finish_stores();
+    order_tile_loads();
     _tile_loadd(6, b, kPanelRow);
     _tile_loadd(7, b + 64, kPanelRow);
 #pragma GCC unroll 3

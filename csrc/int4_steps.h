@@ -247,8 +247,9 @@ void int4_steps(const Int4Args& d) {
   }
   for (int64_t k = 1; k <= k64; k++, a += kRows * 64) {
     const int8_t* b = w[(k - 1) % 2][0];
+    order_tile_loads();
     if (k < k64) unpack(k % 2, 0);
-    finish_stores();
+    order_tile_loads();
     _tile_loadd(4, a, 64);
     _tile_loadd(6, b, kPanelRow);
     _tile_dpbssd(0, 4, 6);

@@ -322,8 +322,9 @@ class TileConfig {
 
 inline void configure(const TileShapes& shapes) { _tile_loadconfig(&shapes); }
 
-// Before a tile is loaded from what this function stored: the compiler does not know that _tile_loadd reads memory.
-PYOPS_INLINE void finish_stores() { asm volatile("" ::: "memory"); }
+// Between a tile's load and the stores, before or after it, to what it reads: the compiler does not know that
+// _tile_loadd reads memory.
+PYOPS_INLINE void order_tile_loads() { asm volatile("" ::: "memory"); }
 
 // Runs `work` with the tiles configured. Not inlined: the caller need not be compiled for AMX.
 template <class F>
