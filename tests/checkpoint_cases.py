@@ -37,6 +37,17 @@ INT = {
         }
     },
 }
+FLOAT = {
+    **PACKED,
+    "format": "float-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"},
+            "input_activations": {**TOKEN, "type": "float"},
+        }
+    },
+}
 
 
 class Net(nn.Module):
@@ -126,11 +137,22 @@ def int_state() -> dict[str, torch.Tensor]:
     return state
 
 
+def float_state() -> dict[str, torch.Tensor]:
+    state = others()
+    for seed, (name, (N, K)) in enumerate(SIZES.items()):
+        state |= {
+            f"{name}.weight": randn(N, K, seed=seed, scale=40.0).to(torch.float8_e4m3fn),
+            f"{name}.weight_scale": randn(N, 1, seed=seed).half().abs() / 64,
+        }
+    return state
+
+
 CHECKPOINTS = {
     "gptq": (gptq_state, GPTQ),
     "awq": (awq_state, AWQ),
     "pack-quantized": (packed_state, PACKED),
     "int-quantized": (int_state, INT),
+    "float-quantized": (float_state, FLOAT),
 }
 
 

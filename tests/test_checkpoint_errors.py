@@ -10,12 +10,14 @@ import torch
 from checkpoint_cases import (
     AWQ,
     CHECKPOINTS,
+    FLOAT,
     GPTQ,
     INT,
     PACKED,
     TOKEN,
     Net,
     awq_state,
+    float_state,
     gptq_state,
     int_state,
     packed_state,
@@ -32,13 +34,15 @@ from pyops.checkpoints import CheckpointError, load_quantized_
 
 
 def changed(state, key, change):
-    """One tensor changed in place of a copy of it; None takes it out."""
+    """One tensor changed in place of a copy of it; None takes it out, and a tensor may be a new one."""
     if change is None:
         del state[key]
+    elif isinstance(change, torch.Tensor):
+        state[key] = change
     else:
         t = state[key].clone()
-        new = change(t) if callable(change) else change
-        state[key] = t if new is None else new
+        made = change(t)
+        state[key] = t if made is None else made
 
 
 def put(index, value):
@@ -119,6 +123,24 @@ MALFORMED = {
     "int8 shape": (int_state, INT, "up.weight", lambda t: t.T, "is (64, 96)"),
     "int8 scale": (int_state, INT, "up.weight_scale", lambda t: t[1:], "is (95, 1)"),
     "int8 nan": (int_state, INT, "up.weight_scale", put((1, 0), torch.nan), "holds NaN or Inf"),
+    "fp8 dtype": (
+        float_state,
+        FLOAT,
+        "up.weight",
+        lambda t: t.float().to(torch.float8_e5m2),
+        "has dtype torch.float8_e5m2; allowed: torch.float8_e4m3fn",
+    ),
+    "fp8 shape": (float_state, FLOAT, "up.weight", lambda t: t.T, "is (64, 96)"),
+    "fp8 scale": (float_state, FLOAT, "up.weight_scale", lambda t: t[1:], "is (95, 1)"),
+    "fp8 code": (
+        float_state,
+        FLOAT,
+        "down.weight",
+        lambda t: t.view(torch.uint8).fill_(0xFF).view(t.dtype),
+        "holds NaN",
+    ),
+    "fp8 nan": (float_state, FLOAT, "up.weight_scale", put((1, 0), torch.nan), "holds NaN or Inf"),
+    "fp8 input scale": (float_state, FLOAT, "up.input_scale", torch.ones(1), "comes with activations"),
 }
 
 
@@ -499,6 +521,7 @@ FULL = {
     "awq": {**AWQ, "modules_to_not_convert": ["head"], "backend": "autoawq"},
     "pack-quantized": {**weights(actorder="weight"), "kv_cache_scheme": None, "sparsity_config": {"format": "dense"}},
     "int-quantized": {**INT, "transform_config": {}},
+    "float-quantized": {**FLOAT, "transform_config": {}},
 }
 
 JUNK = [None, True, False, 0, -1, 3, 4, 8, 1.5, 2**70, "", "4", "re:(", "gptq"]

@@ -16,11 +16,12 @@ import pyops
 from pyops.checkpoints import awq, compressed_tensors, gptq
 from pyops.checkpoints.errors import Entry
 from pyops.checkpoints.load import load_quantized_
-from pyops.nn import Int4Linear, Int8Linear
+from pyops.nn import Fp8Linear, Int4Linear, Int8Linear
 from pyops.replacing import commit
 
 pytestmark = pytest.mark.usefixtures("poison")
-READERS = {"gptq": gptq, "awq": awq, "pack-quantized": compressed_tensors, "int-quantized": compressed_tensors}
+READERS = {"gptq": gptq, "awq": awq} | {kind: compressed_tensors for kind in CHECKPOINTS if kind not in ("gptq", "awq")}
+LAYERS = {"int-quantized": (Int8Linear, "int8_dynamic"), "float-quantized": (Fp8Linear, "fp8_dynamic")}
 
 
 def written(tmp_path, state, config, *, shards=1, where="config.json"):
@@ -83,7 +84,7 @@ def test_every_format(kind, given, made, tmp_path):
         source = folder / "model.safetensors" if given == "file" else folder
         report = load_quantized_(model, str(source) if given == "file" else source)
     expected = reference(kind, state, config).eval()
-    layer, choice = (Int8Linear, "int8_dynamic") if kind == "int-quantized" else (Int4Linear, "int4_weight")
+    layer, choice = LAYERS.get(kind, (Int4Linear, "int4_weight"))
     assert type(model.up) is type(model.down) is layer
     assert type(model.head) is nn.Linear
     assert model.head.weight is model.embed.weight
@@ -115,8 +116,8 @@ def test_the_layers_hold_what_the_checkpoint_says(kind):
     load_quantized_(model, state, config=config)
     for name, wanted in dequantized(kind, state, config).items():
         layer = model.get_submodule(name)
-        if isinstance(layer, Int8Linear):
-            assert torch.equal(layer.weight * layer.weight_scale[:, None], wanted)
+        if not isinstance(layer, Int4Linear):
+            assert torch.equal(layer.weight.float() * layer.weight_scale[:, None], wanted)
             continue
         eye = torch.eye(layer.in_features)
         layer.compute = "float"

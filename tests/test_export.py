@@ -13,13 +13,17 @@ from torch import nn
 
 import pyops
 
+WIDTH = 64
+CALIBRATION = [torch.randn(4, 5, WIDTH, generator=torch.Generator().manual_seed(2))]
 CONFIGS = {
     "int8": pyops.Int8Dynamic(),
+    "int8_static": pyops.Int8Static(CALIBRATION, smooth=0.5),
     "int8_weight": pyops.Int8Weight(),
     "int4": pyops.Int4Weight(group_size=32),
     "int4_float": pyops.Int4Weight(group_size=-1, symmetric=True, compute="float"),
+    "fp8": pyops.Fp8Dynamic(),
 }
-WIDTH = 64
+OPS = {"int8": "int8_linear", "int8_static": "int8_linear", "int8_weight": "int8_weight_linear", "fp8": "fp8_linear"}
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler for what inductor writes")
 
 RUN = """
@@ -142,7 +146,7 @@ def test_export(model: str, config: str) -> None:
     """The op is one node for each layer, and its weight is held once, as the layer holds it."""
     new = swapped(model, config)
     program = exported(new)
-    op = {"int8": "int8_linear", "int8_weight": "int8_weight_linear"}.get(config, "int4_linear")
+    op = OPS.get(config, "int4_linear")
     nodes = [node for node in program.graph.nodes if getattr(torch.ops.pyops, op).default is node.target]
     layers = {name: layer for name, layer in new.named_modules() if isinstance(layer, pyops.nn.linear.QuantLinear)}
     assert len(nodes) == len(layers)

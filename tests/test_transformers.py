@@ -28,8 +28,9 @@ CONFIGS = {
     "int8_weight": pyops.Int8Weight(),
     "int4": pyops.Int4Weight(group_size=32),
     "int4_float": pyops.Int4Weight(group_size=-1, symmetric=True, compute="float"),
+    "fp8": pyops.Fp8Dynamic(),
 }
-LEAST_SQNR_DB = {"int8": 30.0, "int8_weight": 32.0, "int4": 13.0, "int4_float": 10.0}
+LEAST_SQNR_DB = {"int8": 30.0, "int8_weight": 32.0, "int4": 13.0, "int4_float": 10.0, "fp8": 20.0}
 IDS = torch.randint(1, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(0))
 
 

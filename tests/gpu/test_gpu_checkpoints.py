@@ -12,7 +12,7 @@ pytestmark = needs_cuda
 
 
 @pytest.mark.parametrize("made", ["meta", "cuda"])
-@pytest.mark.parametrize("kind", ["gptq", "awq", "pack-quantized", "int-quantized"])
+@pytest.mark.parametrize("kind", ["gptq", "awq", "pack-quantized", "int-quantized", "float-quantized"])
 def test_checkpoints(kind, made):
     """The same checkpoint on both devices: the same state, and the layers of the GPU compute with it."""
     from checkpoint_cases import CHECKPOINTS, IDS, Net
