@@ -64,7 +64,7 @@ def oracle(x, w, G, bias=None, residual=None, activation="none", order=None, com
 
 
 def assert_close_to_oracle(y, x, w, G, bias=None, residual=None, activation="none", order=None, compute="int8"):
-    """At most twice the error of the reference, and eps · √K of the terms' magnitude."""
+    """At most twice the error of the reference, and four eps of the magnitude of the terms."""
     exact, magnitude = oracle(x, w, G, bias, residual, activation, order, compute)
     reference = int4_linear_ref(x, *w, bias, residual, activation, G, w[0].shape[0], order, compute)
     assert y.shape == reference.shape
@@ -165,9 +165,9 @@ def test_blocks_waves_and_streaming_stores(isa, M, N, K):
         assert ((y - exact).abs() <= 2.0**-22 * (exact.abs() + 2 * bias.abs())).all()
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_problem(data):
+def test_any_problem(isa, data):
     M, N, K = (data.draw(st.integers(0, top), label=name) for name, top in (("M", 40), ("N", 70), ("K", 300)))
     G = data.draw(st.sampled_from((32, 64, 128, 192, 256, -1)))
     dtype, bias_dtype = data.draw(st.sampled_from(cases.FLOATS)), data.draw(st.sampled_from(cases.FLOATS))

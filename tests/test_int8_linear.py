@@ -171,9 +171,9 @@ def test_blocks_waves_and_streaming_stores(isa, M, N, K, dtype):
     assert ((y - (exact + bias)).abs() <= ulps).all()
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_problem(data):
+def test_any_problem(isa, data):
     M, N, K = (data.draw(st.integers(0, top), label=name) for name, top in (("M", 40), ("N", 70), ("K", 200)))
     dtype = data.draw(st.sampled_from(cases.FLOATS))
     activation = data.draw(st.sampled_from(cases.ACTIVATION_NAMES))
