@@ -2,9 +2,9 @@
 // int8_weight_linear and int4_linear share.
 //
 // A few rows meet each panel of 32 output channels as it streams in from memory, and are multiplied with its weights in
-// registers. More rows are cut into blocks; for each range of K, a block is laid out for the tile kernel (float_dot.h)
-// in L2, and the panels are unpacked one after the other, in slices that fit in L1. The sums of a block wait for the
-// next range of K in scratch.
+// registers: as floats, or as digits, which multiply int8 weights as they are. More rows are cut into blocks; for each
+// range of K, a block is laid out for the tile kernel (float_dot.h) in L2, and the panels are unpacked one after the
+// other, in slices that fit in L1. The sums of a block wait for the next range of K in scratch.
 //
 // Every row is multiplied by a power of two that brings its largest magnitude to about 1, and the sums by its inverse:
 // both are exact, sums of large activations do not overflow, and what AMX takes for zero is out of sight.
@@ -19,6 +19,8 @@
 //   unpack(panel, k, count, w)                 k … k + count → fp32 [count][32], up to a multiple of 32
 //   unpack_bf16(panel, k, count, w, scale)     the same → bf16 [count/2][32 n][2 k], and scales of groups [groups][32]
 //   column_scales(panel, columns, s)           s_w, zeros up to 32
+//   kDigitRows           up to so many rows, VNNI takes as digits (digits.h); 0: never. Then also
+//   stream_digits(panel, x, rows, acc)         as stream of one panel, with x in digits
 //   kBesideRows          up to so many rows (at most 16), AMX unpacks panels beside their products; 0: never. Then also
 //   multiply_beside<parts>(panel, count, a, rows, steps, acc)   1 or kAmxBeside panels: float_dot_beside (float_dot.h)
 #pragma once
@@ -26,6 +28,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "digits.h"
 #include "epilogue.h"
 #include "float_dot.h"
 #include "linear_args.h"
@@ -161,16 +164,51 @@ class FloatLinear {
         static_cast<int>(rows));
   }
 
+  // A few rows. Whether a row is taken as digits does not depend on the others, and a row of digits has the same sums
+  // beside any other.
   void run_stream() {
-    thread_local Scratch rows_scratch;
-    float* rows = reinterpret_cast<float*>(rows_scratch.get(p.M * k64 * 64 * sizeof(float)));
-    for (int64_t m = 0; m < p.M; m++) typed.scale_row(row(m), p.K, k64 * 64, scale[m], rows + m * k64 * 64);
+#if defined(__x86_64__)
+    if constexpr (Weight::kDigitRows > 0)
+      if (p.M <= Weight::kDigitRows && p.K <= kMostDigitK && active_isa() >= Isa::avx512vnni) {
+        const auto fits = [&](float power) { return power >= kLeastDigitRow && power <= kMostDigitRow; };
+        if (std::all_of(unscale, unscale + p.M, fits)) return stream_digits(0, p.M);
+        for (int64_t m = 0; m < p.M; m++) fits(unscale[m]) ? stream_digits(m, 1) : stream_floats(m, 1);
+        return;
+      }
+#endif
+    stream_floats(0, p.M);
+  }
+
+  void stream_floats(int64_t m0, int64_t rows) {
+    const int64_t padded = k64 * 64;
+    thread_local Scratch scratch;
+    float* x = reinterpret_cast<float*>(scratch.get(rows * padded * sizeof(float)));
+    for (int64_t r = 0; r < rows; r++) typed.scale_row(row(m0 + r), p.K, padded, scale[m0 + r], x + r * padded);
+    stream(m0, rows, weight.beside(),
+           [&](int64_t panel, int count, float* acc) { weight.stream(panel, count, x, static_cast<int>(rows), acc); });
+  }
+
+#if defined(__x86_64__)
+  void stream_digits(int64_t m0, int64_t rows) {
+    const int64_t padded = k64 * 64;
+    thread_local Scratch scratch;
+    int8_t* x = scratch.get(rows * padded * 4);
+    for (int64_t r = 0; r < rows; r++)
+      avx512vnni::split_digits(row(m0 + r), p.K, padded, kDigitScale / unscale[m0 + r], x + r * padded * 4);
+    stream(m0, rows, 1,
+           [&](int64_t panel, int, float* acc) { weight.stream_digits(panel, x, static_cast<int>(rows), acc); });
+  }
+#endif
+
+  // multiply(panel, count, acc): the products of rows that are laid out.
+  template <class F>
+  void stream(int64_t m0, int64_t rows, int beside, const F& multiply) {
     in_parallel(panels, kPanelN * double(p.K) / 8 + 100, [&](int64_t begin, int64_t end) {
       alignas(64) float acc[kMostBeside * kMostStreamRows * kPanelN];
       for (int64_t i = begin; i < end;) {
-        const int count = i + weight.beside() <= end ? weight.beside() : 1;
-        weight.stream(i, count, rows, static_cast<int>(p.M), acc);
-        for (int j = 0; j < count; j++, i++) finish(i, 0, p.M, acc + j * p.M * kPanelN);
+        const int count = i + beside <= end ? beside : 1;
+        multiply(i, count, acc);
+        for (int j = 0; j < count; j++, i++) finish(i, m0, rows, acc + j * rows * kPanelN);
       }
       if (past_cache) kernels.fence();
     });

@@ -88,7 +88,7 @@ const Kernels& select() {
 class Int4Weight {
  public:
   static constexpr int kExponent = 0;  // kQuadScale is undone by the scales of groups
-  static constexpr int kBesideRows = 0;
+  static constexpr int kBesideRows = 0, kDigitRows = 0;
   static constexpr bool kGrouped = true;
 
   // A canonical weight is packed here, into scratch.

@@ -1,6 +1,7 @@
 // y[m, n] = act(s_w[n] · Σ_k x[m, k] · q_w[n, k] + bias[n] + residual[m, n])      (pyops/ops/int8_weight_linear.py)
 //
 // The launcher is that of float_linear.h; here stands how int8 panels are unpacked and streamed.
+#include "digits.h"
 #include "float_linear.h"
 #include "int8_dot.h"
 #include "int8_pack.h"
@@ -95,6 +96,7 @@ class Int8Weight {
   static constexpr int kExponent = 24;  // kQuadScale
   static constexpr bool kGrouped = false;
   static constexpr int kBesideRows = 16;  // of AMX
+  static constexpr int kDigitRows = 2;    // of VNNI: sums of more do not fit into registers
 
   // A canonical `weight` [N, K] is packed here, into scratch.
   Int8Weight(const int8_t* weight, bool packed, const float* w_scale, int64_t N, int64_t K)
@@ -118,6 +120,12 @@ class Int8Weight {
   void stream(int64_t panel, int count, const float* x, int rows, float* acc) const {
     (count > 1 ? kernels.stream_beside : kernels.stream)[rows - 1](x, panels + panel * panel_bytes(k64), k64, acc);
   }
+#if defined(__x86_64__)
+  void stream_digits(int64_t panel, const int8_t* x, int rows, float* acc) const {
+    (rows > 1 ? avx512vnni::multiply_digits<2> : avx512vnni::multiply_digits<1>)(x, panels + panel * panel_bytes(k64),
+                                                                                 k64, acc);
+  }
+#endif
   void unpack(int64_t panel, int64_t k, int64_t count, float* w) const {
     kernels.unpack(at(panel, k), (count + 31) / 32 * 8, w);
   }

@@ -68,16 +68,40 @@ def test_sums_of_small_integers_are_exact(isa, dtype, packed):
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
-@pytest.mark.parametrize("M", [1, 3, 5, 20, 33])
+@pytest.mark.parametrize("M", [3, 5, 20, 33])
 def test_every_bit_of_x_counts(isa, dtype, M):
     """An identity weight gives x back: a product with a rounded x would not."""
     x = randn(M, 96, dtype=dtype) * 10.0 ** randint(-6, 3, M, 96).to(dtype)
     assert torch.equal(ops.int8_weight_linear(x, torch.eye(96, dtype=torch.int8), torch.ones(96)), x)
 
 
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
+@pytest.mark.parametrize("M", [1, 2])
+def test_what_is_lost_of_one_or_two_rows(isa, dtype, M):
+    """Nothing down to 2⁻³⁰ of a row's power of two, and less than 2⁻³¹ of its largest magnitude below."""
+    eye = torch.eye(96, dtype=torch.int8), torch.ones(96)
+    fits = randn(M, 96).sign() * (1 + torch.rand(M, 96).to(dtype).float()) * 2.0 ** randint(-7, 0, M, 96)
+    fits = fits.to(dtype)
+    assert torch.equal(ops.int8_weight_linear(fits, *eye), fits)
+    x = randn(M, 96, dtype=dtype) * 10.0 ** randint(-6, 3, M, 96).to(dtype)
+    lost = (ops.int8_weight_linear(x, *eye).double() - x.double()).abs()
+    rounding = x.double().abs() * torch.finfo(dtype).eps / 2
+    assert (lost <= 2.0**-31 * x.double().abs().amax(1, keepdim=True) + rounding).all()
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["positive", "negative"])
+@pytest.mark.parametrize("K", [65535, 65536, 65537])
+def test_the_largest_sums(isa, K, sign):
+    """All bits of x set, all weights at an end of their range."""
+    x = torch.full((2, K), sign * (2.0 - 2.0**-23))
+    q_w = torch.tensor([-128, 127]).to(torch.int8)[:, None].expand(2, K).contiguous()
+    y = ops.int8_weight_linear(x, ops.pack_int8(q_w), torch.ones(2))
+    torch.testing.assert_close(y.double(), x.double() @ q_w.double().T, rtol=2e-6, atol=0)
+
+
 def test_every_weight(isa):
     q_w = torch.arange(-128, 128).to(torch.int8)[:, None].expand(256, 5).contiguous()
-    for M in (1, 2, 4, 17):
+    for M in (1, 2, 3, 4, 17):
         y = ops.int8_weight_linear(torch.ones(M, 5), ops.pack_int8(q_w), torch.ones(256))
         assert torch.equal(y, (torch.arange(-128, 128) * 5.0).expand(M, 256))
 
@@ -125,7 +149,7 @@ def test_any_problem(isa, data):
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
-@pytest.mark.parametrize("M", [1, 3, 40])
+@pytest.mark.parametrize("M", [1, 2, 3, 40])
 def test_nan_and_inf_stay_in_their_row(isa, dtype, M):
     x, q_w, w_scale = problem(M, 40, 67, dtype)
     q_w[q_w == 0] = 1
@@ -142,7 +166,7 @@ def test_nan_and_inf_stay_in_their_row(isa, dtype, M):
 
 
 @pytest.mark.parametrize("magnitude", [1e-44, 1e-39, 1e-37, 1e-30, 1e30, 3e38])
-@pytest.mark.parametrize("M", [1, 3, 20])
+@pytest.mark.parametrize("M", [1, 2, 3, 20])
 def test_tiny_and_huge_rows(isa, M, magnitude):
     """Rows near the ends of fp32, beside usual ones: neither the sums nor the parts that AMX takes leave the range."""
     if isa == "ref" and magnitude == 3e38:
@@ -158,7 +182,7 @@ def test_tiny_and_huge_rows(isa, M, magnitude):
 
 def test_zero_rows_give_the_bias(isa):
     bias = randn(33)
-    for M in (1, 3, 20):
+    for M in (1, 2, 3, 20):
         y = ops.int8_weight_linear(torch.zeros(M, 70), randint(-127, 127, 33, 70), torch.ones(33), bias)
         assert torch.equal(y, bias.expand(M, 33))
 
@@ -196,7 +220,7 @@ def test_strides(isa, layout):
 @cases.needs_native  # torch's matmul of floats differs with the number of threads
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
 def test_threads_and_repeats_give_the_same_bits(isa, threads, dtype):
-    for shape in ((1, 1030, 515), (4, 260, 300), (9, 1030, 515), (16, 2080, 1030), (130, 260, 1300)):
+    for shape in ((1, 1030, 515), (2, 1030, 515), (4, 260, 300), (9, 1030, 515), (16, 2080, 1030), (130, 260, 1300)):
         x, q_w, w_scale = problem(*shape, dtype)
         packed = ops.pack_int8(q_w)
         threads(1)
