@@ -16,7 +16,11 @@ FIRST_FP8 = 89
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
 
 
-@pytest.fixture(scope="module", params=TARGETS, ids=lambda arch: f"sm_{arch}")
+# What one target needs is compiled once, also where several processes share the tests.
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(arch, id=f"sm_{arch}", marks=pytest.mark.xdist_group(f"sm_{arch}")) for arch in TARGETS],
+)
 def target(request, tmp_path_factory):
     """(architecture, report of compile_only.py for it)."""
     folder = tmp_path_factory.mktemp(f"sm_{request.param}")
