@@ -7,8 +7,6 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
-# Two processes of pytest. Not for the compiled kernels, which use all cores themselves.
-TWO := --numprocesses 2 --dist
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 
 .PHONY: help demo test ladder lint bench gpu clean
@@ -21,10 +19,10 @@ demo: $(VENV)/.demo ## train small models on real digits, quantize one, prune on
 
 test: $(VENV)/.dev ## all tests on the CPU, with the compiled kernels and again on the PyTorch reference
 	$(BIN)/python -m pytest tests --ignore=tests/gpuless
-	PYOPS_BACKEND=ref $(BIN)/python -m pytest $(TWO) loadfile tests --ignore=tests/gpuless --ignore=tests/test_packaging.py
+	PYOPS_BACKEND=ref $(BIN)/python -m pytest tests --ignore=tests/gpuless --ignore=tests/test_packaging.py
 
 ladder: $(VENV)/.dev ## what can be shown of the GPU kernels without a GPU
-	$(BIN)/python -m pytest $(TWO) loadgroup tests/gpuless
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup tests/gpuless
 
 lint: $(VENV)/.dev ## ruff, clang-format
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable
 
 import pytest
@@ -18,6 +19,12 @@ from pyops.ops.optim_rules import RULES
 needs_native = pytest.mark.skipif(backend.native is None, reason=f"no compiled kernels: {backend.native_missing}")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATION_NAMES = tuple(ACTIVATIONS)
+
+
+def without_address(argument: object) -> str:
+    """A name for a test: the same in every process, as those that share the tests must agree on them."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(argument))
+
 
 SHAPES = (
     # M, N, K

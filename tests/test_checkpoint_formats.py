@@ -24,7 +24,7 @@ FORMATS = {"gptqmodel": gptq, "autogptq": gptq, "autoawq": awq, "compressed_tens
 def foreign_cases():
     for name, fmt in FORMATS.items():
         with safe_open(FOREIGN / f"{name}.safetensors", "pt") as file:
-            for case, config in file.metadata().items():
+            for case, config in sorted(file.metadata().items()):  # a hash map, of no order of its own
                 yield pytest.param(name, fmt, case, json.loads(config), id=f"{name}-{case}")
 
 

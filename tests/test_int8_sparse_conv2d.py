@@ -317,7 +317,7 @@ def test_layer_state():
         ({"weight_scale": None}, "comes without"),
         ({"bias": lambda t: t[:-1]}, "bias"),
     ],
-    ids=str,
+    ids=cases.without_address,
 )
 def test_layer_refuses_malformed_state(change, text):
     layer, x = Int8SparseConv2d.from_dense(pruned_conv()), randn(2, 10, 9, 9)

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from cases import randn
+from cases import randn, without_address
 from torch import nn
 
 import pyops
@@ -150,7 +150,7 @@ def test_calibration_is_deterministic():
         ({"calibration": iter([]), "observer": "mse", "smooth": 0.5}, ValueError, "can be gone through once only"),
         ({"alpha": 0.5}, TypeError, "alpha"),
     ],
-    ids=str,
+    ids=without_address,
 )
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):

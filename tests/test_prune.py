@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from cases import randn
+from cases import randn, without_address
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -552,7 +552,9 @@ SCHEDULE_ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("change", "error", "message"), SCHEDULE_ERRORS, ids=[str(e[0]) for e in SCHEDULE_ERRORS])
+@pytest.mark.parametrize(
+    ("change", "error", "message"), SCHEDULE_ERRORS, ids=[without_address(e[0]) for e in SCHEDULE_ERRORS]
+)
 def test_schedule_errors(change, error, message):
     arguments = {"model": net(), "method": prune.magnitude, "sparsity": 0.5, **change}
     with pytest.raises(error, match=message):
