@@ -2,6 +2,7 @@
 
 from pyops import nn, ops, optim, prune
 from pyops._version import __version__
+from pyops.auto import Auto
 from pyops.checkpoints import CheckpointError, empty_weights, load_quantized_, save_quantized
 from pyops.fold import fold_batch_norm_, fold_into
 from pyops.fuse import Fused, fuse_activations_
@@ -14,6 +15,7 @@ from pyops.sparse import Sparse
 from pyops.swap import Config, swap_
 
 __all__ = [
+    "Auto",
     "CheckpointError",
     "Config",
     "Fp8Dynamic",

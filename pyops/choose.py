@@ -14,6 +14,8 @@ DENSE = "dense"
 """The name of the layer as it is among measured times."""
 NOISE = 0.02
 """By how much the times of one function differ from one measurement to the next."""
+MIN_GAIN = 0.03
+"""The share of a layer's time that a replacement must gain, unless told otherwise."""
 MIN_SQNR_DB = 30.0
 """What differs more than this from the layer's output is not a replacement: bf16 alone gives some 45 dB."""
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
 from pyops.measure import Captured, compare
 from pyops.replacing import complete
 from pyops.report import Row
+
+if TYPE_CHECKING:
+    from pyops.swapping import Swap
 
 FilterFn = Callable[[nn.Module, str], bool]
 
@@ -27,7 +30,7 @@ class Layer:
     captured: Captured | None
     """The input of its first call; None without example inputs, if it was not called, or on the meta device."""
     shared: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What `replace` keeps from one layer of a swap to the next."""
+    """`Swap.shared` of the swap."""
 
 
 class Config:
@@ -35,10 +38,16 @@ class Config:
 
     choice: str
     """The name of this choice in a report."""
+    revertible: ClassVar[bool] = False
+    """True if a report keeps what was replaced unless it is told not to."""
 
     def matches(self, module: nn.Module) -> bool:
         """True if `module` is of the kind that this config is for: it gets a row, converted or not."""
         raise NotImplementedError
+
+    def mentions(self, module: nn.Module) -> bool:
+        """True for a module that is of another kind and still gets a row; `refusal` says why it stays."""
+        return False
 
     def refusal(self, module: nn.Module) -> str | None:
         """Why a module that matches must stay as it is; None if it can be converted."""
@@ -62,16 +71,14 @@ class Config:
     def check(self, example_inputs: Any) -> None:
         """Raise ValueError if this config cannot do without example inputs, or not with these."""
 
-    def prepared(
-        self, model: nn.Module, filter_fn: FilterFn | None, example_inputs: Any
-    ) -> contextlib.AbstractContextManager[Mapping[nn.Module, str]]:
+    def prepared(self, swap: Swap) -> contextlib.AbstractContextManager[Mapping[nn.Module, str]]:
         """Change the model before its layers are looked at one by one; {layer: what was changed, or why it was not}.
 
         The changes last when the context ends, and are undone if it ends with an exception.
         """
         return contextlib.nullcontext({})
 
-    def finish(self, model: nn.Module, example_inputs: Any) -> Mapping[str, str]:
+    def finish(self, swap: Swap) -> Mapping[str, str]:
         """Change the model after its layers are replaced; {name of a layer: what was changed, or why it was not}.
 
         May raise; all that it changes in modules of the model is undone then.

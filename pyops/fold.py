@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,7 +45,9 @@ class Fold:
     """Why it was left alone, or what else changed; "" if there is nothing to say."""
 
 
-def fold_batch_norm_(model: nn.Module, example_inputs: Any = None) -> list[Fold]:
+def fold_batch_norm_(
+    model: nn.Module, example_inputs: Any = None, filter_fn: Callable[[nn.Module, str], bool] | None = None
+) -> list[Fold]:
     """Fold each BatchNorm1d/2d into the Conv1d, Conv2d or Linear whose output it takes; a row for each of them.
 
     In place: the layer keeps its Parameters, scaled, and gets a bias if it had none; `nn.Identity` takes the place of
@@ -60,6 +63,7 @@ def fold_batch_norm_(model: nn.Module, example_inputs: Any = None) -> list[Fold]
     Args:
         model: any module. Call `model.eval()` before: a normalization in training mode is left alone.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments for `model`.
+        filter_fn: called as filter_fn(layer, qualified_name) for the layer of each pair; False leaves both alone.
 
     Raises:
         TypeError for arguments of a wrong type. After any exception, also one of the model's own forward, nothing is
@@ -68,6 +72,8 @@ def fold_batch_norm_(model: nn.Module, example_inputs: Any = None) -> list[Fold]
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_inputs(example_inputs)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be callable as filter_fn(module, name), got {type(filter_fn).__name__}")
     names = {module: name for name, module in model.named_modules()}
     norms = [module for module in names if isinstance(module, _BatchNorm)]
     if not norms:
@@ -84,6 +90,8 @@ def fold_batch_norm_(model: nn.Module, example_inputs: Any = None) -> list[Fold]
         layer, reason = _pair(bn, flow, names)
         if layer is not None and not reason:
             reason = fold_refusal(layer, bn) or _tied(layer, ties)
+        if layer is not None and not reason and filter_fn is not None and not filter_fn(layer, names[layer]):
+            reason = "filter_fn"
         if layer is not None and not reason:
             new, reason = _folded(layer, bn)
             if new is not None:

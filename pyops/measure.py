@@ -15,6 +15,8 @@ from torch import nn
 
 TURN_S, BUDGET_S = 0.002, 0.08
 """Length of one turn, and what the turns of one pair may take together."""
+STATE_BUDGET_S = 0.5
+"""The same of a pair of states of a whole model."""
 MIN_TURNS, MAX_TURNS = 5, 20
 HOPELESS = 4.0
 """How many times slower than the fastest a function must be at its first calls to get no turns of its own."""
@@ -160,27 +162,44 @@ def sqnr_db(y: torch.Tensor, approximate: torch.Tensor) -> float:
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
+def times_of_states(
+    run: Callable[[], Any], states: Mapping[str, Callable[[], None]], device: torch.device
+) -> dict[str, float]:
+    """ms of `run` in each of several states, which the functions of `states` bring about; measured as in `times`."""
+
+    def seconds(name: str, repeats: int) -> float:
+        states[name]()
+        return _seconds(lambda _: run(), torch.empty(0, device=device), repeats)
+
+    return _race(list(states), seconds, STATE_BUDGET_S)
+
+
 def _time(functions: Mapping[str, Callable], x: torch.Tensor) -> dict[str, float]:
-    for function in functions.values():
-        function(x)  # warm: allocations, lazy initialization, compilation
+    return _race(list(functions), lambda name, repeats: _seconds(functions[name], x, repeats), BUDGET_S)
+
+
+def _race(names: list[str], seconds: Callable[[str, int], float], budget_s: float) -> dict[str, float]:
+    """ms by name; seconds(name, repeats) times one turn, of a call."""
+    for name in names:
+        seconds(name, 1)  # warm: allocations, lazy initialization, compilation
     # The better of two: a single call can be late for any reason.
-    once = {name: min(_seconds(f, x, 1), _seconds(f, x, 1)) for name, f in functions.items()}
-    first, fastest = next(iter(functions)), min(once.values())
-    sides = [name for name in functions if name == first or once[name] <= HOPELESS * fastest]
+    once = {name: min(seconds(name, 1), seconds(name, 1)) for name in names}
+    first, fastest = names[0], min(once.values())
+    sides = [name for name in names if name == first or once[name] <= HOPELESS * fastest]
     repeats = {name: max(1, int(TURN_S / max(once[name], 1e-7))) for name in sides}
     round_s = sum(once[name] * repeats[name] for name in sides)
-    budget_s = BUDGET_S * max(len(sides), 2) / 2
+    budget_s *= max(len(sides), 2) / 2
     turns = min(MAX_TURNS, max(MIN_TURNS, int(budget_s / max(round_s, 1e-7))))
     least = once | dict.fromkeys(sides, math.inf)
     for turn in range(turns):
         for name in sides if turn % 2 == 0 else sides[::-1]:  # so that a drift of the clock favours none
-            least[name] = min(least[name], _seconds(functions[name], x, repeats[name]))
+            least[name] = min(least[name], seconds(name, repeats[name]))
         if turn + 1 >= MIN_TURNS:
             fastest = min(least[name] for name in sides)
             sides = [name for name in sides if least[name] <= CLEAR * fastest]
             if len(sides) == 1:
                 break
-    return {name: least[name] * 1e3 for name in functions}
+    return {name: least[name] * 1e3 for name in names}
 
 
 def _seconds(function: Callable, x: torch.Tensor, repeats: int) -> float:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
@@ -23,6 +22,7 @@ from pyops.quantize import LinearConfig
 from pyops.replacing import nbytes, weight_and_bias
 from pyops.report import Report, Row
 from pyops.swap import swap_
+from pyops.swapping import Swap
 
 
 def prepare_qat_(model: nn.Module, config: LinearConfig, filter_fn: FilterFn | None = None) -> Report:
@@ -99,10 +99,8 @@ class _Prepare(Config):
         self.config.check_layer(module)
         return QatLinear.from_float(module, self.config, self.config.buffers(module))
 
-    def prepared(
-        self, model: nn.Module, filter_fn: FilterFn | None, example_inputs: Any
-    ) -> contextlib.AbstractContextManager[Mapping[nn.Module, str]]:
-        return self.config.prepared(model, filter_fn, example_inputs)
+    def prepared(self, swap: Swap) -> contextlib.AbstractContextManager[Mapping[nn.Module, str]]:
+        return self.config.prepared(swap)
 
     def replace(self, layer: Layer) -> nn.Module | None:
         lacking = None if isinstance(layer.module, QatLinear) else self.config.lacking(layer.module)

@@ -28,6 +28,7 @@ from pyops.ops.int4_quantize import METHODS
 from pyops.ops.int4_weight import check_group_size
 from pyops.ops.int8_linear import FLOAT_DTYPES, QMAX, SMALLEST_AMAX
 from pyops.refusal import layer_refusal
+from pyops.swapping import Swap
 
 
 class LinearConfig(Config):
@@ -195,11 +196,9 @@ class Int8Static(LinearConfig):
         return False
 
     @contextlib.contextmanager
-    def prepared(
-        self, model: nn.Module, filter_fn: FilterFn | None, example_inputs: Any
-    ) -> Iterator[Mapping[nn.Module, str]]:
+    def prepared(self, swap: Swap) -> Iterator[Mapping[nn.Module, str]]:
         """Calibrate: what was found lasts as long as the context."""
-        token = _calibrated.set(self._calibrate(model, self._layers(model, filter_fn)))
+        token = _calibrated.set(self._calibrate(swap.model, self._layers(swap.model, swap.filter_fn)))
         try:
             yield {}
         finally:

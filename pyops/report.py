@@ -5,7 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from pyops.edit import Edit
 
 UNCHANGED = "unchanged"
 PRUNING = {"sparsity": "sparsity", "pays_from": "pays from", "structure": "structure"}
@@ -53,10 +58,61 @@ class Row:
 
 
 @dataclasses.dataclass
+class Whole:
+    """The whole model: one call of it with the example inputs, in eval mode and without gradients."""
+
+    ms_before: float | None = None
+    """The least of several turns, before and after."""
+    ms_after: float | None = None
+    sqnr_db: float | None = None
+    """Of its floating-point outputs, the worst of several; inf if exact."""
+    notes: list[str] = dataclasses.field(default_factory=list)
+    """In words: what was done to the model as a whole, what was undone again, and what was not tried."""
+
+
+@dataclasses.dataclass
 class Report:
     """The rows of a swap in the order of the model; prints as a table."""
 
     rows: list[Row]
+    whole: Whole | None = None
+    """The whole model, where it was looked at."""
+    dry_run: bool = False
+    """True if the model is as it was."""
+    edit: Edit | None = dataclasses.field(default=None, repr=False, compare=False)
+    """What `revert_` undoes."""
+
+    def revert_(self, model: nn.Module) -> None:
+        """Put back what the swap replaced in `model`, in place: layers, parameters, memory formats.
+
+        The layers that come back have the values of the moment of the swap, and the device and the training flag of
+        those that go. Hooks and biases, which both shared, are as they are now.
+
+        Raises:
+            TypeError if `model` is no module. ValueError if the report does not hold what was replaced, if it was
+            reverted already, if `model` is another one, or if a part that the swap changed was changed again since; the
+            model is unchanged then.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if self.dry_run:
+            raise ValueError("this was a dry run: there is nothing to revert")
+        if self.edit is None:
+            raise ValueError("the report does not hold what was replaced, or was reverted: swap_(…, revertible=True)")
+        if model is not self.edit.root:
+            raise ValueError("model is not the one that was swapped")
+        changed = self.edit.changed_since()
+        if changed:
+            raise ValueError(f"the model was changed since the swap: {', '.join(changed[:3])}")
+        pairs = self.edit.replaced()
+        moved = {old: next(new.parameters(), next(new.buffers(), None)) for old, new in pairs}
+        self.edit.undo()
+        for old, new in pairs:
+            for module in old.modules():
+                module.training = new.training
+            if moved[old] is not None:
+                old.to(moved[old].device)
+        self.edit = None
 
     def to_dict(self) -> dict[str, Any]:
         """Rows and totals in plain types; an exact layer has sqnr_db inf. Fields that no row has are left out."""
@@ -98,7 +154,14 @@ class Report:
             for line in table
         ]
         rule = "-" * min(max(len(line.rstrip()) for line in lines), 160)
-        return "\n".join([*(line.rstrip() for line in (lines[0], rule, *lines[1:], rule)), self._totals_line()])
+        table = [line.rstrip() for line in (lines[0], rule, *lines[1:], rule)]
+        return "\n".join([*table, self._totals_line(), *self._whole_lines()])
+
+    def _whole_lines(self) -> list[str]:
+        if self.whole is None:
+            return []
+        w = self.whole
+        return [f"whole model: {w.ms_before} -> {w.ms_after} ms, SQNR {w.sqnr_db} dB", *w.notes]
 
     def _cells(self, row: Row, measured: bool) -> list[str]:
         cells = [row.name, row.kind, "x".join(map(str, row.shape)), row.choice]

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from pyops.edit import undoing
 from pyops.flow import hooked, only_looks, passes_on
 from pyops.fuse import Fused, fuse_activations_, is_pyops_layer, layer_refusal, name_of
 from pyops.measure import call, check_inputs, evaluating
-from pyops.prune.shrink import undoing
 from pyops.trace import trace
 
 ADDS = (operator.add, operator.iadd, torch.add)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyops.choose import DENSE, MIN_SQNR_DB, faster, measured, output, right
-from pyops.config import Config, FilterFn, Layer
+from pyops.choose import DENSE, MIN_GAIN, MIN_SQNR_DB, faster, measured, output, right
+from pyops.config import Config, Layer
 from pyops.fuse import Fused, fuse_activations_
 from pyops.measure import Captured
 from pyops.memory import has_values
@@ -33,6 +33,7 @@ from pyops.residual import fuse_residuals_
 from pyops.sparse_dense import OTHER_FORMATS, dense_forward, key_of, other_format, sparse_key
 from pyops.sparse_estimate import BLOCKED, THINNED, best_pattern, pays_from, probes
 from pyops.structure import Structure, as_4d, kept_weights, stored_values, structure_of
+from pyops.swapping import Swap
 from pyops.tune import Cache
 
 SPARSE = {nn.Conv2d: SparseConv2d, nn.Conv1d: SparseConv1d, nn.Linear: SparseLinear}
@@ -62,6 +63,7 @@ class Sparse(Config):
         int8: also try `pyops.nn.Int8SparseConv2d` in the place of each pruned Conv2d. It is for inference: its weight
             is rounded and frozen.
         min_sqnr_db: the least SQNR of the output of a layer that becomes int8, on its own input.
+        both_formats: a sparse form must also be faster than the dense layer in the other memory format.
         cache: file of measured times (see `pyops.tune`); None for the default one, False for none.
 
     Raises TypeError or ValueError for other values, and in `swap_` ValueError without example inputs, unless
@@ -70,13 +72,14 @@ class Sparse(Config):
 
     pattern: str = "auto"
     max_waste: float = 0.25
-    min_gain: float = 0.03
+    min_gain: float = MIN_GAIN
     measure: bool = True
     remove_channels: bool = False
     fuse_activations: bool = False
     fuse_residuals: bool = False
     int8: bool = False
     min_sqnr_db: float = MIN_SQNR_DB
+    both_formats: bool = False
     cache: str | os.PathLike | bool | None = None
 
     choice = "sparse"
@@ -92,7 +95,7 @@ class Sparse(Config):
                 raise ValueError(f"{name} is {value}; allowed: 0 to below 1")
         if math.isnan(self.min_sqnr_db):
             raise ValueError("min_sqnr_db is nan")
-        for name in ("measure", "remove_channels", "fuse_activations", "fuse_residuals", "int8"):
+        for name in ("measure", "remove_channels", "fuse_activations", "fuse_residuals", "int8", "both_formats"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.cache, (str, os.PathLike, bool, type(None))):
@@ -132,22 +135,20 @@ class Sparse(Config):
             raise ValueError("fuse_residuals=True needs swap_(..., example_inputs=...)")
 
     @contextlib.contextmanager
-    def prepared(
-        self, model: nn.Module, filter_fn: FilterFn | None, example_inputs: Any
-    ) -> Iterator[Mapping[nn.Module, str]]:
+    def prepared(self, swap: Swap) -> Iterator[Mapping[nn.Module, str]]:
         """Dead channels removed, if they shall be."""
         if not self.remove_channels:
             yield {}
             return
-        with removing(model, example_inputs, filter_fn) as found:
+        with removing(swap.model, swap.example_inputs, swap.filter_fn) as found:
             yield {module: str(row) for module, row in found.items()}
 
-    def finish(self, model: nn.Module, example_inputs: Any) -> Mapping[str, str]:
+    def finish(self, swap: Swap) -> Mapping[str, str]:
         """Activations and residuals fused, if they shall be; of every layer that has something to be fused."""
         if self.fuse_residuals:
-            rows = fuse_residuals_(model, example_inputs)
+            rows = fuse_residuals_(swap.model, swap.example_inputs)
         else:
-            rows = fuse_activations_(model, example_inputs) if self.fuse_activations else []
+            rows = fuse_activations_(swap.model, swap.example_inputs) if self.fuse_activations else []
         return {row.layer: _said(row) for row in rows if row.fused or row.activation is not None}
 
     def convert(self, module: nn.Module) -> nn.Module:
@@ -228,7 +229,7 @@ class Sparse(Config):
             if not wrong:
                 cache.put(key, ms)
                 cache.save()
-        best = faster(ms, dict.fromkeys(names), self.min_gain)
+        best = faster(self._rivals(ms), dict.fromkeys(names), self.min_gain)
         row.ms_before = row.ms_after = ms[DENSE]
         told = ", ".join(f"{name} {t:.4g} ms" for name, t in ms.items() if name in (DENSE, *names))
         advice = _other_format_is_best(ms, ms[best or DENSE])
@@ -244,6 +245,11 @@ class Sparse(Config):
         row.add(told + advice)
         new.layer._packed.clear()  # made again at the first call, when the dense weights are gone
         return new.layer
+
+    def _rivals(self, ms: dict[str, float]) -> dict[str, float]:
+        """The times, that of the dense layer being of the format in which it is the faster, if both count."""
+        formats = (DENSE, *(OTHER_FORMATS if self.both_formats else ()))
+        return ms | {DENSE: min(ms[name] for name in formats if name in ms)}
 
     def _made(self, module: nn.Module, name: str, expected: torch.Tensor, captured: Captured) -> _Made:
         """One form of a layer, and what is wrong with it; `expected` is what the layer gives."""

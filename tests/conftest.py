@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from auto_clock import clock as clock
 from memory_use import without_holes_in_heap
 
 from pyops import backend, measure
@@ -95,6 +96,7 @@ def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """`swap_` times layers for milliseconds: what it measures is not looked at."""
     monkeypatch.setattr(measure, "TURN_S", 1e-4)
     monkeypatch.setattr(measure, "BUDGET_S", 1e-3)
+    monkeypatch.setattr(measure, "STATE_BUDGET_S", 1e-3)
 
 
 @pytest.fixture

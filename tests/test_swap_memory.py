@@ -262,7 +262,7 @@ def test_what_is_not_for_one_by_one():
         pyops.swap_(stack(32, 1), config, one_by_one=True)
 
     class Finishing(pyops.Int8Dynamic):
-        def finish(self, model, example_inputs):
+        def finish(self, swap):
             return {}
 
     with pytest.raises(ValueError, match=r"cannot be done for .*Finishing\(\)"):

@@ -23,11 +23,11 @@ from pyops.checkpoints.errors import CheckpointError, Entry
 from pyops.checkpoints.layer import QuantizedLayer, keeps_its_own_state
 from pyops.checkpoints.source import Source, open_source
 from pyops.config import FilterFn
+from pyops.edit import undoing
 from pyops.nn.conv1d import conv1d_class, is_conv1d, is_linear
 from pyops.nn.effective import origin
 from pyops.ops.int4_linear import COMPUTES
 from pyops.ops.int8_linear import FLOAT_DTYPES
-from pyops.prune.shrink import undoing
 from pyops.refusal import layer_refusal
 from pyops.replacing import commit, complete, nbytes, weight_and_bias
 from pyops.report import UNCHANGED, Report, Row

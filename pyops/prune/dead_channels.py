@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pyops.edit import undoing
 from pyops.measure import check_inputs, evaluating
 from pyops.memory import has_values
 from pyops.nn.effective import baked_hooks, effective, origin
 from pyops.prune.channel_flow import BATCH_NORMS, ChannelFlow, Space, takes_constants
-from pyops.prune.shrink import shrink, undoing
+from pyops.prune.shrink import shrink
 from pyops.refusal import is_lazy, layer_refusal
 from pyops.structure import kept_weights
 from pyops.trace import LAYERS, owners, trace

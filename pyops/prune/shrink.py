@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
-
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +21,6 @@ SHRINK = frozenset(
     | {f"{name}{suffix}" for name in ("weight", "bias") for suffix in ("", "_orig", "_mask")}
 )
 """The tensors that have a layer's channels; what else a module may hold is not known to."""
-DICTS = ("_parameters", "_buffers", "_modules")
 
 
 def shrink(module: nn.Module, dim: int, left: Tensor, extra_bias: Tensor | None = None) -> None:
@@ -48,22 +44,6 @@ def shrink(module: nn.Module, dim: int, left: Tensor, extra_bias: Tensor | None 
         module._parameters["bias"] = _like(weight if bias is None else bias, new)
     for hook in baked_hooks(module, "weight", "bias"):
         hook(module, ())  # `.weight` of a pruned layer is stale until then
-
-
-@contextlib.contextmanager
-def undoing(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Put the tensors, attributes and children of these modules back if the body raises."""
-    before = [(m, dict(m.__dict__), {name: dict(m.__dict__[name]) for name in DICTS}) for m in modules]
-    try:
-        yield
-    except BaseException:
-        for module, attributes, tensors in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            for name in DICTS:
-                module.__dict__[name].clear()
-                module.__dict__[name].update(tensors[name])
-        raise
 
 
 def _like(old: Tensor, new: Tensor) -> Tensor:
