@@ -13,9 +13,8 @@ SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 help:
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 10
 
-demo: $(VENV)/.demo ## train small models on real digits, quantize one, prune one, show accuracy and latency
-	$(BIN)/python examples/digits.py
-	$(BIN)/python examples/pruned_digits.py
+demo: $(VENV)/.demo ## train a network on real digits, prune it, give it to Auto, compare with eager and torch.compile
+	$(BIN)/python -m pyops demo
 
 test: $(VENV)/.dev ## all tests on the CPU, with the compiled kernels and again on the PyTorch reference
 	$(BIN)/python -m pytest tests --ignore=tests/gpuless

@@ -1,4 +1,4 @@
-"""`python -m pyops info | bench`: exit code 0 if all is well, 2 for a usage error."""
+"""`python -m pyops info | bench | demo | tune`: exit code 0 if all is well, 2 for a usage error."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import sys
 
 import pyops
+from pyops import demo, tune_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,6 +22,14 @@ def main(argv: list[str] | None = None) -> int:
         args = _parser().parse_args(argv)
     except SystemExit as stop:
         return int(stop.code or 0)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print(f"pyops {args.command}: interrupted", file=sys.stderr)
+        return 130  # as a shell says it of a signal
+
+
+def _info(args: argparse.Namespace) -> int:
     found = pyops.info()
     print(json.dumps(found.to_dict(), indent=2) if args.json else found)
     return 0
@@ -32,6 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="what is active here and why", description="What is active here and why.")
     info.add_argument("--json", action="store_true", help="machine-readable")
+    info.set_defaults(run=_info)
+    tune_command.add_parser(commands)
+    demo.add_parser(commands)
     commands.add_parser(
         "bench", help="time kernels against their peers; `bench --help` for its arguments", add_help=False
     )

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+from pyops.files import write_whole
 
 if TYPE_CHECKING:
     from pyops.edit import Edit
@@ -79,6 +84,8 @@ class Report:
     """The whole model, where it was looked at."""
     dry_run: bool = False
     """True if the model is as it was."""
+    machine: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Where it was measured; empty where nothing was."""
     edit: Edit | None = dataclasses.field(default=None, repr=False, compare=False)
     """What `revert_` undoes."""
 
@@ -118,7 +125,32 @@ class Report:
         """Rows and totals in plain types; an exact layer has sqnr_db inf. Fields that no row has are left out."""
         lacking = {name for name in PRUNING if all(getattr(row, name) is None for row in self.rows)}
         rows = [{k: v for k, v in dataclasses.asdict(row).items() if k not in lacking} for row in self.rows]
-        return {"rows": rows, "totals": self.totals()}
+        found: dict[str, Any] = {"rows": rows, "totals": self.totals()}
+        if self.whole is not None:
+            found["whole"] = dataclasses.asdict(self.whole)
+        if self.machine:
+            found["machine"] = dict(self.machine)
+        return found | ({"dry_run": True} if self.dry_run else {})
+
+    def to_json(self, path: str | os.PathLike | None = None, indent: int | None = 2) -> str:
+        """`to_dict()` as strict JSON, written to `path` if one is given; numbers that are not finite are strings.
+
+        Raises OSError if the file cannot be written; what was there before is then still there.
+        """
+        text = json.dumps(_strict(self.to_dict()), indent=indent, allow_nan=False)
+        if path is not None:
+            write_whole(Path(path), text + "\n")
+        return text
+
+    def save_html(self, path: str | os.PathLike) -> Path:
+        """Write the report as one page that needs nothing else, with bars of time and memory; returns its path.
+
+        Raises OSError if the file cannot be written; what was there before is then still there.
+        """
+        from pyops.report_html import page
+
+        write_whole(Path(path), page(self))
+        return Path(path)
 
     def totals(self) -> dict[str, Any]:
         """Counts, bytes and, over the swapped layers that were measured, summed times and the worst SQNR."""
@@ -138,7 +170,7 @@ class Report:
 
     def __str__(self) -> str:
         if not self.rows:
-            return "No layer that this config is for."
+            return "\n".join(["No layer that this config is for.", *self._whole_lines()])
         measured = any(row.ms_after is not None for row in self.rows)
         figures = ["ms before", "ms after", "x", "SQNR dB"] if measured else []
         pruning = {name: head for name, head in PRUNING.items() if any(getattr(r, name) is not None for r in self.rows)}
@@ -158,10 +190,13 @@ class Report:
         return "\n".join([*table, self._totals_line(), *self._whole_lines()])
 
     def _whole_lines(self) -> list[str]:
+        lines = ["dry run: the model is as it was"] if self.dry_run else []
         if self.whole is None:
-            return []
-        w = self.whole
-        return [f"whole model: {w.ms_before} -> {w.ms_after} ms, SQNR {w.sqnr_db} dB", *w.notes]
+            return lines
+        before, after, db = self.whole.ms_before, self.whole.ms_after, self.whole.sqnr_db
+        parts = [f"{figure(before)} -> {figure(after)} ms ({before / after:.2f}x)"] if before and after else []
+        parts += [] if db is None else ["output exact" if db == math.inf else f"SQNR {db:.1f} dB"]
+        return [f"whole model: {', '.join(parts) or 'not measured'}", *(f"  {n}" for n in self.whole.notes), *lines]
 
     def _cells(self, row: Row, measured: bool) -> list[str]:
         cells = [row.name, row.kind, "x".join(map(str, row.shape)), row.choice]
@@ -181,7 +216,7 @@ class Report:
         t = self.totals()
         parts = [
             f"{t['swapped']} of {t['layers']} layers swapped",
-            f"weights {_bytes(t['bytes_before'])} -> {_bytes(t['bytes_after'])}",
+            f"weights {bytes_in_words(t['bytes_before'])} -> {bytes_in_words(t['bytes_after'])}",
         ]
         if t["timed"]:
             speedup = f" ({t['ms_before'] / t['ms_after']:.2f}x)" if t["ms_after"] else ""
@@ -191,7 +226,22 @@ class Report:
         return ", ".join(parts)
 
 
-def _bytes(n: int) -> str:
+def _strict(value: Any) -> Any:
+    """The same without numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _strict(content) for key, content in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(content) for content in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def figure(value: float) -> str:
+    """A time in four digits, never in powers of ten."""
+    return f"{value:.4g}" if value < 1e4 else f"{value:.0f}"
+
+
+def bytes_in_words(n: float) -> str:
+    """Bytes with their unit."""
     for unit in ("B", "KiB", "MiB"):
         if n < 1024:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"

@@ -231,7 +231,8 @@ class Sparse(Config):
                 cache.save()
         best = faster(self._rivals(ms), dict.fromkeys(names), self.min_gain)
         row.ms_before = row.ms_after = ms[DENSE]
-        told = ", ".join(f"{name} {t:.4g} ms" for name, t in ms.items() if name in (DENSE, *names))
+        told_of = (DENSE, *(OTHER_FORMATS if self.both_formats else ()), *names)
+        told = ", ".join(f"{name} {t:.4g} ms" for name, t in ms.items() if name in told_of)
         advice = _other_format_is_best(ms, ms[best or DENSE])
         if best is None:
             row.pays_from = pays_from(ms, found, self.min_gain)

@@ -20,6 +20,8 @@ from pyops.quantize import Int8Dynamic as Int8Dynamic
 from pyops.replacing import commit, names_of_weights, nbytes, parents_of, weight_and_bias
 from pyops.report import Report
 from pyops.swapping import Swap, naming, new_swap
+from pyops.tune import measured_on
+from pyops.whole import device_of
 
 
 def swap_(
@@ -73,7 +75,8 @@ def swap_(
     check_inputs(example_inputs)
     config.check(example_inputs)
     swap = new_swap(model, config, filter_fn, example_inputs)
-    report = Report(list(swap.rows.values()), dry_run=dry_run)
+    machine = measured_on(device_of(model, example_inputs)) if swap.measured else {}
+    report = Report(list(swap.rows.values()), dry_run=dry_run, machine=machine)
     if one_by_one:
         with progress_wanted(progress):
             _swap_one_by_one(swap)

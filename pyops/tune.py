@@ -11,7 +11,6 @@ import contextlib
 import functools
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 
 from pyops import backend
 from pyops._version import __version__
+from pyops.files import write_whole
 from pyops.info import cpu_model
 
 FORMAT = 1
@@ -51,6 +51,13 @@ def machine(device: torch.device) -> dict[str, Any]:
         return facts | {"device": torch.cuda.get_device_name(device)}
     isa = backend.native.cpu_isa() if backend.native else None
     return facts | {"device": cpu_model(), "isa": isa, "threads": torch.get_num_threads()}
+
+
+def measured_on(device: torch.device) -> dict[str, Any]:
+    """What of it a reader wants to know."""
+    facts = machine(device)
+    order = ("device", "isa", "threads", "pyops", "torch", "forced")
+    return {name: facts[name] for name in order if facts.get(name) is not None}
 
 
 @functools.cache
@@ -103,7 +110,7 @@ class Cache:
         entries = dict(list(entries.items())[-MAX_ENTRIES:])
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(self.path, json.dumps({"format": FORMAT, "entries": entries}, indent=1))
+            write_whole(self.path, json.dumps({"format": FORMAT, "entries": entries}, indent=1))
         except OSError as error:
             self._warn(f"cannot be written: {error}")
             self._usable = False
@@ -155,16 +162,3 @@ def _is_time(name: Any, ms: Any) -> bool:
     if not isinstance(name, str) or len(name) > MAX_NAME or isinstance(ms, bool) or not isinstance(ms, (int, float)):
         return False
     return 0 < ms < MAX_MS  # NaN is not
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write the whole file or nothing."""
-    handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise

@@ -33,16 +33,21 @@ class WholeModel:
             return times_of_states(lambda: call(self.model, self.example_inputs), states, self.device())
 
     def device(self) -> torch.device:
-        """Where it computes: that of its first tensor."""
-        first = next((t for t in tree_leaves(self.example_inputs) if isinstance(t, Tensor)), None)
-        first = next(self.model.parameters(), first)
-        return torch.device("cpu") if first is None else first.device
+        """Where it computes."""
+        return device_of(self.model, self.example_inputs)
 
     def _result(self) -> Any:
         result = call(self.model, self.example_inputs)
         # A dataclass is a leaf to pytree unless somebody has registered it.
         fields = getattr(result, "__dataclass_fields__", None)
         return [getattr(result, name) for name in fields] if fields else result
+
+
+def device_of(model: nn.Module, example_inputs: Any) -> torch.device:
+    """That of the model's first parameter, else of the first tensor of the inputs, else the CPU."""
+    tensors = (t for t in tree_leaves(example_inputs) if isinstance(t, Tensor))
+    first = next(model.parameters(), next(tensors, None))
+    return torch.device("cpu") if first is None else first.device
 
 
 def worst_sqnr_db(expected: list[Tensor], found: list[Tensor]) -> float | None:

@@ -93,6 +93,7 @@ def test_wheel_holds_every_layer_of_an_op_and_nothing_else(distributions):
     names = zipfile.ZipFile(distributions["wheel"]).namelist()
     for part in ("pyops/ops/int8_linear.py", "pyops/kernels/int8_linear.py", "pyops/bench/int8_linear.py"):
         assert part in names
+    assert "pyops/report.html.jinja" in names
     assert any(n.startswith("pyops/_C.") for n in names)
     tops = {n.split("/")[0] for n in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"pyops"}
@@ -103,6 +104,7 @@ def test_sdist_holds_what_a_build_needs(distributions):
         names = {n.split("/", 1)[-1] for n in archive.getnames()}
     assert {"LICENSE", "README.md", "setup.py", "csrc/int8_linear.cpp", "csrc/epilogue.inc", "csrc/vec.h"} <= names
     assert {"kernels/int8_linear.py", "bench/int8_linear.py", "pyops/ops/int8_linear.py"} <= names
+    assert "pyops/report.html.jinja" in names
 
 
 def test_checkout_does_not_shadow_the_package_named_kernels(tmp_path):
