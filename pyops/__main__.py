@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return run.main(argv[1:])
     try:
-        args = _parser().parse_args(argv)
+        args = parser().parse_args(argv)
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
@@ -35,10 +35,11 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pyops", description=pyops.__doc__)
-    parser.add_argument("--version", action="version", version=pyops.__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    """Of all commands but `bench`, which has its own."""
+    every = argparse.ArgumentParser(prog="python -m pyops", description=pyops.__doc__)
+    every.add_argument("--version", action="version", version=pyops.__version__)
+    commands = every.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="what is active here and why", description="What is active here and why.")
     info.add_argument("--json", action="store_true", help="machine-readable")
     info.set_defaults(run=_info)
@@ -47,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "bench", help="time kernels against their peers; `bench --help` for its arguments", add_help=False
     )
-    return parser
+    return every
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from multiprocessing.context import get_spawning_popen
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -299,6 +300,9 @@ class QuantLinear(nn.Module):
         return new
 
     def __getstate__(self) -> dict[str, Any]:
+        if get_spawning_popen() is not None:
+            # A process that starts gets the memory of tensors, not copies, so they must live until it has: these do.
+            return super().__getstate__()
         # A pickle is canonical: the machine that loads it may want another form.
         canonical = {self._key(name): t for name, t in self._canonical().items()}
         return {**super().__getstate__(), "_buffers": {**self._buffers, **canonical}}
