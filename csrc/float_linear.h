@@ -1,4 +1,4 @@
-// y[m, n] = act(s_w[n] · Σ_k x[m, k] · w[n, k] + bias[n] + residual[m, n]) with x as it is and w of any format: what
+// y[m, n] = act(s_w[n] · Σ_k x[m, k] · w[n, k] + bias[n] + residual[m, n]) with x in floats and w of any format: what
 // int8_weight_linear and int4_linear share.
 //
 // A few rows meet each panel of 32 output channels as it streams in from memory, and are multiplied with its weights in
@@ -19,7 +19,7 @@
 //   unpack(panel, k, count, w)                 k … k + count → fp32 [count][32], up to a multiple of 32
 //   unpack_bf16(panel, k, count, w, scale)     the same → bf16 [count/2][32 n][2 k], and scales of groups [groups][32]
 //   column_scales(panel, columns, s)           s_w, zeros up to 32
-//   kDigitRows           up to so many rows, VNNI takes as digits (digits.h); 0: never. Then also
+//   kDigitRows           up to so many rows, VNNI takes as digits where they fit (digits.h); 0: never. Then also
 //   stream_digits(panel, x, rows, acc)         as stream of one panel, with x in digits
 //   kBesideRows          up to so many rows (at most 16), AMX unpacks panels beside their products; 0: never. Then also
 //   multiply_beside<parts>(panel, count, a, rows, steps, acc)   1 or kAmxBeside panels: float_dot_beside (float_dot.h)
@@ -105,7 +105,7 @@ class FloatLinear {
         weight(w),
         kernels(float_kernels()),
         typed(std::get<FloatTypeKernels<T>>(kernels.types)),
-        amx(amx_multiplies_bf16() && p.M >= kAmxFrom<T>),
+        amx(amx_multiplies_bf16() && p.M >= kAmxFrom<T> && !takes_digits()),
         k64((p.K + 63) / 64),
         panels(panels_of(p.N)),
         past_cache(p.K >= kPastCacheMinK && p.M * p.N * int64_t(sizeof(T)) >= kPastCacheBytes &&
@@ -134,14 +134,19 @@ class FloatLinear {
   int columns(int64_t panel) const { return static_cast<int>(std::min<int64_t>(kPanelN, p.N - panel * kPanelN)); }
   int64_t tile_k() const { return std::min(kRangeK, k64 * 64); }  // of a block
   int64_t row_bytes() const { return amx ? 2 * kParts<T> : 4; }   // of one k of a block
+  bool takes_digits() const {
+    return p.M <= Weight::kDigitRows && p.K <= kMostDigitK && active_isa() >= Isa::avx512vnni;
+  }
+  int rows() const { return static_cast<int>(p.M); }
   const T* row(int64_t m) const { return static_cast<const T*>(p.x) + m * p.K; }
 
   // 2ᵉ that brings the largest magnitude of a row to [1, 2) / 2^kExponent, and what undoes it and kExponent. No e above
   // 100 - kExponent: that makes normal numbers of all denormals, and what undoes it is large enough to be multiplied
-  // with scales of columns.
+  // with scales of columns. Zeros are scaled as if they were ones.
   void find_scale(int64_t m) {
     constexpr int kExponent = Weight::kExponent;
-    const int exponent = static_cast<int>(typed.max_bits(row(m), p.K) >> 23) - 127;
+    const uint32_t largest = typed.max_bits(row(m), p.K);
+    const int exponent = largest ? static_cast<int>(largest >> 23) - 127 : 0;
     const int e = std::clamp(-kExponent - exponent, -126, 100 - kExponent);
     const auto power = [](int n) {
       const uint32_t bits = static_cast<uint32_t>(n + 127) << 23;
@@ -164,51 +169,67 @@ class FloatLinear {
         static_cast<int>(rows));
   }
 
-  // A few rows. Whether a row is taken as digits does not depend on the others, and a row of digits has the same sums
-  // beside any other.
   void run_stream() {
 #if defined(__x86_64__)
     if constexpr (Weight::kDigitRows > 0)
-      if (p.M <= Weight::kDigitRows && p.K <= kMostDigitK && active_isa() >= Isa::avx512vnni) {
-        const auto fits = [&](float power) { return power >= kLeastDigitRow && power <= kMostDigitRow; };
-        if (std::all_of(unscale, unscale + p.M, fits)) return stream_digits(0, p.M);
-        for (int64_t m = 0; m < p.M; m++) fits(unscale[m]) ? stream_digits(m, 1) : stream_floats(m, 1);
-        return;
-      }
+      if (takes_digits()) return run_digits();
 #endif
-    stream_floats(0, p.M);
+    stream_floats();
   }
 
-  void stream_floats(int64_t m0, int64_t rows) {
-    const int64_t padded = k64 * 64;
-    thread_local Scratch scratch;
-    float* x = reinterpret_cast<float*>(scratch.get(rows * padded * sizeof(float)));
-    for (int64_t r = 0; r < rows; r++) typed.scale_row(row(m0 + r), p.K, padded, scale[m0 + r], x + r * padded);
-    stream(m0, rows, weight.beside(),
-           [&](int64_t panel, int count, float* acc) { weight.stream(panel, count, x, static_cast<int>(rows), acc); });
+  void stream_floats() {
+    float* x = floats_of_rows(p.M);
+    for (int64_t m = 0; m < p.M; m++) scale_row(m, x + m * k64 * 64);
+    stream(weight.beside(), [&](int64_t panel, int count, float* acc) { weight.stream(panel, count, x, rows(), acc); });
   }
+
+  float* floats_of_rows(int64_t count) const {
+    thread_local Scratch scratch;
+    return reinterpret_cast<float*>(scratch.get(count * k64 * 64 * sizeof(float)));
+  }
+  void scale_row(int64_t m, float* out) const { typed.scale_row(row(m), p.K, k64 * 64, scale[m], out); }
 
 #if defined(__x86_64__)
-  void stream_digits(int64_t m0, int64_t rows) {
-    const int64_t padded = k64 * 64;
+  // Whether a row is taken as digits does not depend on the others. Either way it has the same sums beside any: digits
+  // have exact ones, and floats are added in the same order for each of so few rows.
+  void run_digits() {
+    const int64_t row_bytes = k64 * 64 * 4;
     thread_local Scratch scratch;
-    int8_t* x = scratch.get(rows * padded * 4);
-    for (int64_t r = 0; r < rows; r++)
-      avx512vnni::split_digits(row(m0 + r), p.K, padded, kDigitScale / unscale[m0 + r], x + r * padded * 4);
-    stream(m0, rows, 1,
-           [&](int64_t panel, int, float* acc) { weight.stream_digits(panel, x, static_cast<int>(rows), acc); });
+    int8_t* x = scratch.get(p.M * row_bytes);
+    int64_t order[Weight::kDigitRows];  // those that are taken, then the others
+    int taken = 0, end = rows();
+    for (int64_t m = 0; m < p.M; m++) order[split_row(m, x + taken * row_bytes) ? taken++ : --end] = m;
+    if (taken == 0) return stream_floats();
+    if (taken == p.M)
+      return stream(1, [&](int64_t panel, int, float* acc) { weight.stream_digits(panel, x, taken, acc); });
+    const int others = rows() - taken;
+    float* floats = floats_of_rows(others);
+    for (int i = 0; i < others; i++) scale_row(order[taken + i], floats + i * k64 * 64);
+    stream(1, [&](int64_t panel, int, float* acc) {
+      alignas(64) float sums[Weight::kDigitRows * kPanelN];
+      weight.stream_digits(panel, x, taken, sums);
+      weight.stream(panel, 1, floats, others, sums + taken * kPanelN);
+      for (int i = 0; i < Weight::kDigitRows && i < rows(); i++)
+        std::copy_n(sums + i * kPanelN, kPanelN, acc + order[i] * kPanelN);
+    });
+  }
+
+  bool split_row(int64_t m, int8_t* out) const {
+    const float power = unscale[m];
+    return power >= kLeastDigitRow && power <= kMostDigitRow &&
+           avx512vnni::split_digits(row(m), p.K, k64 * 64, kDigitScale / power, out);
   }
 #endif
 
   // multiply(panel, count, acc): the products of rows that are laid out.
   template <class F>
-  void stream(int64_t m0, int64_t rows, int beside, const F& multiply) {
+  void stream(int beside, const F& multiply) {
     in_parallel(panels, kPanelN * double(p.K) / 8 + 100, [&](int64_t begin, int64_t end) {
       alignas(64) float acc[kMostBeside * kMostStreamRows * kPanelN];
       for (int64_t i = begin; i < end;) {
         const int count = i + beside <= end ? beside : 1;
         multiply(i, count, acc);
-        for (int j = 0; j < count; j++, i++) finish(i, m0, rows, acc + j * rows * kPanelN);
+        for (int j = 0; j < count; j++, i++) finish(i, 0, p.M, acc + j * p.M * kPanelN);
       }
       if (past_cache) kernels.fence();
     });

@@ -96,7 +96,7 @@ class Int8Weight {
   static constexpr int kExponent = 24;  // kQuadScale
   static constexpr bool kGrouped = false;
   static constexpr int kBesideRows = 16;  // of AMX
-  static constexpr int kDigitRows = 2;    // of VNNI: sums of more do not fit into registers
+  static constexpr int kDigitRows = 3;    // of VNNI: 24 sums, of 32 registers
 
   // A canonical `weight` [N, K] is packed here, into scratch.
   Int8Weight(const int8_t* weight, bool packed, const float* w_scale, int64_t N, int64_t K)
@@ -122,8 +122,9 @@ class Int8Weight {
   }
 #if defined(__x86_64__)
   void stream_digits(int64_t panel, const int8_t* x, int rows, float* acc) const {
-    (rows > 1 ? avx512vnni::multiply_digits<2> : avx512vnni::multiply_digits<1>)(x, panels + panel * panel_bytes(k64),
-                                                                                 k64, acc);
+    using namespace avx512vnni;
+    static constexpr auto kAll = std::array{multiply_digits<1>, multiply_digits<2>, multiply_digits<3>};
+    kAll[rows - 1](x, panels + panel * panel_bytes(k64), k64, acc);
   }
 #endif
   void unpack(int64_t panel, int64_t k, int64_t count, float* w) const {

@@ -31,7 +31,9 @@ SHAPES = (
     (1, 1, 1),
     (1, 64, 64),
     (1, 225, 96),  # eight panels, of which a kernel may read three side by side, and what is left
+    (1, 33, 257),
     (2, 3, 5),
+    (2, 70, 515),  # more than three times 64 of K, which a kernel may read in three parts, and what is left
     (3, 33, 31),
     (3, 133, 70),
     (4, 32, 128),  # the last M that int8's AMX leaves to VNNI

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import cases
@@ -18,6 +19,8 @@ from pyops.ops.int8_weight_linear import int8_weight_linear_ref
 
 pytestmark = pytest.mark.usefixtures("poison")
 PACKED = pytest.mark.parametrize("packed", [False, True], ids=["canonical", "packed"])
+DIGIT_ISAS, DIGIT_ROWS = ("avx512vnni", "amx"), 3
+"""Up to so many rows, these take as integers of 32 bits (csrc/digits.h)."""
 
 
 def form(q_w, packed):
@@ -61,24 +64,33 @@ def assert_close_to_oracle(y, x, q_w, w_scale, bias=None, residual=None, activat
 @PACKED
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
 def test_sums_of_small_integers_are_exact(isa, dtype, packed):
-    for M, N, K in [*cases.SHAPES, (5, 33, 1100), (40, 70, 2100)]:
+    streams = [
+        (1, 33, 577),
+        (2, 33, 257),
+        (2, 33, 577),
+        (3, 33, 257),
+        (3, 70, 515),
+    ]  # three parts of K, and what is left
+    for M, N, K in [*cases.SHAPES, *streams, (5, 33, 1100), (40, 70, 2100)]:
         x, q_w = randint(-3, 3, M, K), randint(-128, 127, N, K)
         exact = (x.double() @ q_w.double().T).to(dtype)
         assert torch.equal(ops.int8_weight_linear(x.to(dtype), form(q_w, packed), torch.ones(N)), exact), (M, N, K)
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
-@pytest.mark.parametrize("M", [3, 5, 20, 33])
-def test_every_bit_of_x_counts(isa, dtype, M):
+def test_every_bit_of_x_counts(isa, dtype):
     """An identity weight gives x back: a product with a rounded x would not."""
-    x = randn(M, 96, dtype=dtype) * 10.0 ** randint(-6, 3, M, 96).to(dtype)
-    assert torch.equal(ops.int8_weight_linear(x, torch.eye(96, dtype=torch.int8), torch.ones(96)), x)
+    for M in (1, 2, 3, 4, 5, 20, 33):
+        if isa in DIGIT_ISAS and M <= DIGIT_ROWS:
+            continue  # the next test
+        x = randn(M, 96, dtype=dtype) * 10.0 ** randint(-6, 3, M, 96).to(dtype)
+        assert torch.equal(ops.int8_weight_linear(x, torch.eye(96, dtype=torch.int8), torch.ones(96)), x), M
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
-@pytest.mark.parametrize("M", [1, 2])
-def test_what_is_lost_of_one_or_two_rows(isa, dtype, M):
-    """Nothing down to 2⁻³⁰ of a row's power of two, and less than 2⁻³¹ of its largest magnitude below."""
+@pytest.mark.parametrize("M", range(1, DIGIT_ROWS + 1))
+def test_what_is_lost_of_few_rows(isa, dtype, M):
+    """Nothing down to 2⁻³⁰ of a row's power of two, and at most 2⁻³¹ of its largest magnitude below."""
     eye = torch.eye(96, dtype=torch.int8), torch.ones(96)
     fits = randn(M, 96).sign() * (1 + torch.rand(M, 96).to(dtype).float()) * 2.0 ** randint(-7, 0, M, 96)
     fits = fits.to(dtype)
@@ -90,13 +102,15 @@ def test_what_is_lost_of_one_or_two_rows(isa, dtype, M):
 
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["positive", "negative"])
-@pytest.mark.parametrize("K", [65535, 65536, 65537])
+@pytest.mark.parametrize("K", [65535, 65536, 65537, 66000])
 def test_the_largest_sums(isa, K, sign):
-    """All bits of x set, all weights at an end of their range."""
-    x = torch.full((2, K), sign * (2.0 - 2.0**-23))
+    """All bits of x set, all weights at an end of their range. At 66000 sums of digits would overflow."""
+    x = torch.full((DIGIT_ROWS, K), sign * (2.0 - 2.0**-23))
     q_w = torch.tensor([-128, 127]).to(torch.int8)[:, None].expand(2, K).contiguous()
-    y = ops.int8_weight_linear(x, ops.pack_int8(q_w), torch.ones(2))
-    torch.testing.assert_close(y.double(), x.double() @ q_w.double().T, rtol=2e-6, atol=0)
+    for M in range(1, DIGIT_ROWS + 1):
+        y = ops.int8_weight_linear(x[:M], ops.pack_int8(q_w), torch.ones(2))
+        rtol = 2.0**-24 if isa in DIGIT_ISAS and K <= 65536 else 2e-6
+        torch.testing.assert_close(y.double(), x[:M].double() @ q_w.double().T, rtol=rtol, atol=0)
 
 
 def test_every_weight(isa):
@@ -125,6 +139,21 @@ def test_error_against_float64(isa, dtype, activation, packed):
 def test_error_of_every_shape(isa, shape, dtype):
     x, q_w, w_scale = problem(*shape, dtype)
     assert_close_to_oracle(ops.int8_weight_linear(x, ops.pack_int8(q_w), w_scale), x, q_w, w_scale)
+
+
+@pytest.mark.parametrize("K", [8, 256, 4096])
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
+@pytest.mark.parametrize("M", [1, 2, 3, 4])
+def test_an_outlier_that_no_weight_sees(isa, dtype, M, K):
+    """What an integer loses is little beside the largest x, which does not help where that is multiplied by zeros."""
+    x, q_w, w_scale = problem(M, 33, K)
+    q_w[:, 0] = 0
+    weight, top = ops.pack_int8(q_w), min(torch.finfo(dtype).max, 3e10)
+    for h in (1e3, 3e3, 3e4, 1e6, 1e8, 3e10):
+        rows = x * min(1, top / h)
+        rows[M // 2, 0] = min(h, top)
+        rows = rows.to(dtype)
+        assert_close_to_oracle(ops.int8_weight_linear(rows, weight, w_scale), rows, q_w, w_scale)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -180,6 +209,41 @@ def test_tiny_and_huge_rows(isa, M, magnitude):
     assert ((y - exact).abs() <= 2e-6 * size + 2.0**-149).all()
 
 
+def rows_of_all_kinds(K):
+    """By name: rows that integers of 32 bits hold, that they do not hold, and both ends of where they are tried."""
+    ordinary, outlier, nan = randn(K), randn(K, seed=1), randn(K, seed=2)
+    outlier[3], nan[5] = 1e6, torch.nan
+    spread = randn(K, seed=4) * 10.0 ** randint(-20, 0, K)
+    rows = {"ordinary": ordinary, "zero": torch.zeros(K), "outlier": outlier, "nan": nan, "spread": spread}
+    for exponent in (-126, -100, -99, -98, -97, -96, 29, 30, 31, 32, 101, 102, 103, 126):
+        rows[f"2^{exponent}"] = (randn(K, seed=3).clamp(-1, 1).double() * 1.5 * 2.0**exponent).float()
+    return rows
+
+
+def test_rows_of_all_kinds(isa):
+    """Each is right beside each other, and has the same bits alone and beside any where rows are taken as integers."""
+    rows, q_w, w_scale = rows_of_all_kinds(200), randint(-127, 127, 33, 200), torch.full((33,), 1e-4)
+    weight = ops.pack_int8(q_w)
+    alone = {name: ops.int8_weight_linear(x[None], weight, w_scale)[0] for name, x in rows.items()}
+    for name, x in rows.items():
+        exact = q_w.double() @ x.double() * w_scale.double()
+        size = q_w.double().abs() @ x.double().abs() * w_scale.double()
+        error = (alone[name].double() - exact).abs()
+        assert name == "nan" or (error <= 2e-6 * size + 2.0**-149).all(), name
+    for names in (
+        *itertools.product(rows, repeat=2),
+        *itertools.permutations(["ordinary", "zero", "outlier", "nan"], 3),
+    ):
+        y = ops.int8_weight_linear(torch.stack([rows[name] for name in names]), weight, w_scale)
+        for name, got in zip(names, y, strict=True):
+            if isa in DIGIT_ISAS:
+                assert torch.equal(got.nan_to_num(7), alone[name].nan_to_num(7)), (name, names)
+            else:
+                size = q_w.double().abs() @ rows[name].double().abs() * w_scale.double()
+                error = (got.double() - alone[name].double()).abs()
+                assert name == "nan" or (error <= 2e-6 * size + 2.0**-149).all(), (name, names)
+
+
 def test_zero_rows_give_the_bias(isa):
     bias = randn(33)
     for M in (1, 2, 3, 20):
@@ -220,8 +284,17 @@ def test_strides(isa, layout):
 @cases.needs_native  # torch's matmul of floats differs with the number of threads
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
 def test_threads_and_repeats_give_the_same_bits(isa, threads, dtype):
-    for shape in ((1, 1030, 515), (2, 1030, 515), (4, 260, 300), (9, 1030, 515), (16, 2080, 1030), (130, 260, 1300)):
+    for shape in (
+        (1, 1030, 515),
+        (2, 1030, 515),
+        (3, 1030, 515),
+        (4, 260, 300),
+        (9, 1030, 515),
+        (16, 2080, 1030),
+        (130, 260, 1300),
+    ):
         x, q_w, w_scale = problem(*shape, dtype)
+        x[-1, 0] = 6e4
         packed = ops.pack_int8(q_w)
         threads(1)
         first = ops.int8_weight_linear(x, packed, w_scale, activation="gelu")

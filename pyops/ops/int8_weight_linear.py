@@ -2,8 +2,9 @@
 
 Shapes   x [..., K], q_w [N, K], s_w [N], bias [N], residual [..., N] → y [..., N]
 dtypes   x, residual and y fp32/bf16/fp16; q_w int8; s_w fp32; bias any of the float dtypes. x is taken as it is, with
-         all of its bits; products and sums are fp32, so is the epilogue, which is rounded once. On CPUs with VNNI one
-         or two rows are rounded to within 2⁻³¹ of their largest magnitude, and their sums are exact.
+         all of its bits; products and sums are fp32, so is the epilogue, which is rounded once. On CPUs with VNNI, of
+         one to three rows with K up to 65536, those that lose little by it are rounded to within 2⁻³¹ of their largest
+         magnitude; their sums are exact (docs/int8_linear.md).
 Layout   q_w row-major (canonical), or packed for the CPU kernels: the layouts of `int8_linear`, `pack_int8`.
 Errors   ValueError for a shape or value, TypeError for a dtype or type, naming the argument.
 

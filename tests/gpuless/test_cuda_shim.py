@@ -15,6 +15,7 @@ ORDERS = [0, 1, 7]
 pytestmark = [
     pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
     pytest.mark.skipif(find_cuda_headers() is None, reason="nvcc's headers (cuda_fp16.h) are not installed"),
+    pytest.mark.xdist_group("cuda_shim"),  # one process builds the probes
 ]
 
 
