@@ -127,9 +127,7 @@ class Report:
         rows = [{k: v for k, v in dataclasses.asdict(row).items() if k not in lacking} for row in self.rows]
         found: dict[str, Any] = {"rows": rows, "totals": self.totals()}
         if self.whole is not None:
-            found["whole"] = dataclasses.asdict(self.whole)
-        if self.machine:
-            found["machine"] = dict(self.machine)
+            found |= {"whole": dataclasses.asdict(self.whole), "machine": dict(self.machine)}
         return found | ({"dry_run": True} if self.dry_run else {})
 
     def to_json(self, path: str | os.PathLike | None = None, indent: int | None = 2) -> str:

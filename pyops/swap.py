@@ -104,21 +104,15 @@ def _swap_together(swap: Swap, state: ModelState, dry_run: bool, revertible: boo
     swap.original = state.modules
     try:
         _prepare_and_place(swap)
+        edit = state.modules.changes() if revertible and not dry_run else None
         if dry_run:
-            raise _DryRun
-        edit = state.modules.changes() if revertible else None
-        state.restore_buffers()
+            state.restore()
+        else:
+            state.restore_buffers()
         return edit
-    except _DryRun:
-        state.restore()
-        return None
     except BaseException:
         state.restore()
         raise
-
-
-class _DryRun(Exception):
-    """Everything is undone, as after any exception."""
 
 
 def _prepare_and_place(swap: Swap) -> None:
