@@ -10,8 +10,8 @@
 // What is rounded off is little beside the row, but need not be beside y: weights may be zero where x is large. A row
 // is taken if all that it loses is at most 2⁻²² of Σ |x| over its x below 2^(e - 6). Whatever the weights of the larger
 // x, this adds about as much to the error as an fp32 sum of the others has. It is more only where weights also leave
-// out the largest of those others. Of Gaussian rows of K in the hundreds, 2⁻²⁶ is lost, of rows with a value of 1000 σ
-// 2⁻²³.
+// out the largest of those others. Of Gaussian rows of K in the hundreds less than 2⁻²⁴ is lost; rows with
+// a value of 1000 σ are just within.
 #pragma once
 
 #include <cstdint>

@@ -101,6 +101,19 @@ def test_what_is_lost_of_few_rows(isa, dtype, M):
     assert (lost <= 2.0**-31 * x.double().abs().amax(1, keepdim=True) + rounding).all()
 
 
+def test_which_rows_are_rounded(isa):
+    """By all that one loses: at most 2⁻²² of Σ |x| below 2⁻⁶ of its power of two. A value of 1000 σ is just within."""
+    for sigma, part in ((1, -24), (1000, -22), (10000, None)):
+        x = randn(1, 512)
+        x[0, 0] = max(x.max().item(), sigma)
+        lost = ops.int8_weight_linear(x, torch.eye(512, dtype=torch.int8), torch.ones(512)).double() - x
+        if isa not in DIGIT_ISAS or part is None:
+            assert not lost.any(), sigma
+        else:
+            small = x.abs() < 2.0 ** (math.floor(math.log2(x.abs().max())) - 6)
+            assert 0 < lost.abs().sum() <= 2.0**part * x.abs()[small].double().sum(), sigma
+
+
 @pytest.mark.parametrize("sign", [1, -1], ids=["positive", "negative"])
 @pytest.mark.parametrize("K", [65535, 65536, 65537, 66000])
 def test_the_largest_sums(isa, K, sign):
